@@ -1,0 +1,51 @@
+# `make` alone shows this help. PYTHON chooses the interpreter that makes .venv, as: make install PYTHON=python3.12
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BRANCH ?= physics
+QUESTION ?= ¿Qué es la energía cinética y de qué depende?
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo train list-branches lint test clean
+
+help: ## Muestra esta ayuda
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hace falta Python 3.11 o posterior: make install PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+install: .venv/installed ## Crea .venv, instala y prepara el modelo base
+	@$(BIN)/sheily models get smollm2-135m
+
+demo: install ## Entrena la rama physics y compara base y especialista
+	@$(BIN)/sheily train --branch physics --lora
+	@$(BIN)/sheily ask physics "$(QUESTION)" --compare --max-tokens 120
+
+train: install ## Entrena una rama: make train BRANCH=sports
+	@$(BIN)/sheily train --branch $(BRANCH) --lora
+
+list-branches: .venv/installed ## Muestra las ramas
+	@$(BIN)/sheily branches list
+
+lint: .venv/installed-dev ## ruff y mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## Toda la batería de pruebas, desde cero
+	$(BIN)/coverage erase
+	$(BIN)/pytest --cov --cov-report=term
+
+clean: ## Borra .venv y lo que dejan las pruebas
+	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
