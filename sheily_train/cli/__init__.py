@@ -1,0 +1,65 @@
+"""The ``sheily`` command: one file a command, imports inside the bodies, so that ``--help`` loads nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from sheily_train import __version__
+from sheily_train.cli.ask import ask
+from sheily_train.cli.branches import branches
+from sheily_train.cli.evaluate import evaluate
+from sheily_train.cli.export import export
+from sheily_train.cli.models import models
+from sheily_train.cli.spanish import teach_click_spanish
+from sheily_train.cli.train import train
+from sheily_train.errors import SheilyError
+from sheily_train.i18n import _
+
+teach_click_spanish()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, help=_("Un modelo especialista por rama."))
+@click.version_option(__version__, prog_name="sheily", message="%(prog)s %(version)s")
+def sheily() -> None:
+    """Hold the commands."""
+
+
+for command in (train, branches, models, evaluate, ask, export):
+    sheily.add_command(command)
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None, prog: str = "sheily") -> NoReturn:
+    """Run a command and leave with its exit code.
+
+    Errors of the program's own family become one line on stderr. ``--debug`` anywhere on the line, or
+    ``SHEILY_DEBUG=1``, shows their traceback instead.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("SHEILY_DEBUG") == "1"
+    try:
+        code = command.main([word for word in words if word != "--debug"], prog_name=prog, standalone_mode=False)
+    except SheilyError as error:
+        if debug:
+            raise
+        click.echo(_("Error: {error}").format(error=error), err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        usage = error.ctx.get_usage() + "\n" if isinstance(error, click.UsageError) and error.ctx else ""
+        click.echo(usage + _("Error: {error}").format(error=error.format_message()), err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        if debug:
+            raise
+        click.echo(_("Interrumpido."), err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def main() -> NoReturn:
+    """Run ``sheily``."""
+    run(sheily)

@@ -1,0 +1,54 @@
+"""What a person sees when training has ended: one branch in lines, several in a table."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sheily_train.i18n import _
+
+if TYPE_CHECKING:
+    from sheily_train.core.training.fleet import Outcome
+    from sheily_train.core.training.trainer import TrainingResult
+
+
+def print_one(result: TrainingResult) -> None:
+    """Held-out loss before and after, and where everything lies."""
+    branch = result.metrics["branch"]
+    if result.skipped:
+        click.echo(
+            _("{branch} ya estaba entrenada con estos datos y ajustes (--fresh la repite).").format(branch=branch)
+        )
+    click.echo(_("Pérdida reservada: {change}").format(change=loss_change(result.metrics)))
+    click.echo(_("Modelo:   {folder}").format(folder=result.folder))
+    click.echo(_("Registro: {log}").format(log=result.log))
+    click.echo(_('Pregunta: sheily ask {branch} "…"').format(branch=branch))
+
+
+def print_fleet(outcomes: list[Outcome]) -> None:
+    """One row per branch, and how many failed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(_("Rama"), _("Estado"), _("Pérdida reservada"), _("Segundos"), box=None)
+    for outcome in outcomes:
+        if outcome.result is None:
+            table.add_row(outcome.branch, _("falló"), str(outcome.error), "")
+        else:
+            state = _("al día") if outcome.result.skipped else _("entrenada")
+            seconds = f"{outcome.result.metrics['timing']['seconds']:.1f}"
+            table.add_row(outcome.branch, state, loss_change(outcome.result.metrics), seconds)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    failed = sum(outcome.result is None for outcome in outcomes)
+    click.echo(_("{done} de {count} ramas listas.").format(done=len(outcomes) - failed, count=len(outcomes)))
+
+
+def loss_change(metrics: dict[str, Any]) -> str:
+    """``3.21 → 2.34 (−27.1 %)``."""
+    before, after = metrics["heldout_before"], metrics["heldout_after"]
+    if before is None or after is None:
+        return _("sin datos reservados")
+    change = 100 * (after["loss"] / before["loss"] - 1)
+    return f"{before['loss']:.4f} → {after['loss']:.4f} ({change:+.1f} %)"

@@ -1,0 +1,1 @@
+"""The product's engine: branches, training, and OMEGA 21."""

@@ -1,0 +1,105 @@
+"""LoRA adapters on a base model, in PEFT's own format."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sheily_train.core.training.request import TrainRequest
+from sheily_train.errors import RequestError
+from sheily_train.i18n import _
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+_USUAL_TARGETS = ("q_proj", "v_proj")
+
+
+def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftModel:
+    """Freeze ``model`` and put a LoRA adapter on it, drawn from the request's seed.
+
+    The adapter's weights are float32 whatever the base's type. Raises :class:`RequestError` when the model has no layer
+    of the names in ``--lora-targets``.
+    """
+    import peft
+
+    config = lora_config(model, request)
+    if getattr(model, "is_quantized", False):  # pragma: no cover - needs CUDA
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(request.seed)
+    try:
+        with quiet_peft():
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise RequestError(
+            _("--lora-targets {targets}: el modelo no tiene capas con esos nombres.").format(
+                targets=",".join(request.lora_targets)
+            ),
+            mend=_("Sus capas lineales son: {names}.").format(names=", ".join(_linear_names(model))),
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the notice that PEFT asks transformers for an attribute by its former name: nobody here can mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def lora_config(model: PreTrainedModel, request: TrainRequest) -> LoraConfig:
+    """PEFT's configuration of the asked adapter.
+
+    ``auto`` targets the query and value projections where they have their usual names, else PEFT's choice for the
+    architecture; ``all-linear`` every linear layer but the head.
+    """
+    import peft
+
+    targets: Any = list(request.lora_targets)
+    if targets == ["auto"]:
+        usual = set(_USUAL_TARGETS) <= set(_linear_names(model))
+        targets = list(_USUAL_TARGETS) if usual else None
+    elif targets == ["all-linear"]:
+        targets = "all-linear"
+    return peft.LoraConfig(
+        r=request.lora_r,
+        lora_alpha=request.effective_alpha,
+        lora_dropout=request.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _linear_names(model: torch.nn.Module) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if _is_linear(layer)})
+
+
+def _is_linear(layer: torch.nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, torch.nn.Linear | Conv1D)
+
+
+def quantization(method: str, precision: str) -> Any:
+    """transformers' 4-bit configuration for QLoRA; ``None`` for the other methods."""
+    if method != "qlora":
+        return None
+    from sheily_train.errors import MissingExtraError
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("bitsandbytes", "gpu", "--qlora") from None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision],
+    )

@@ -1,0 +1,127 @@
+"""What a run will need, before it starts: memory, disk, steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sheily_train.core.training.data import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_PROCESS_BYTES = 750e6
+"""Resident size of a process that has imported torch, transformers and peft."""
+
+_WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+_KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a base model that decide its memory."""
+
+    parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run has to do.
+
+    Attributes:
+        examples, heldout: rows trained on, rows judged on.
+        tokens, answer_tokens: of the training rows, once through.
+        longest: tokens of the longest row, held-out ones included.
+        steps: optimizer steps.
+        trainable: parameters that are trained.
+    """
+
+    examples: int
+    heldout: int
+    tokens: int
+    answer_tokens: int
+    longest: int
+    steps: int
+    trainable: int
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM without weights: nothing is loaded, only shapes are known."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model
+
+
+def model_shape(model: PreTrainedModel) -> Shape:
+    """The sizes of a causal LM."""
+    text = model.config.get_text_config()
+    hidden = text.hidden_size
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        hidden=hidden,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * hidden,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        vocabulary=text.vocab_size,
+    )
+
+
+def steps_per_epoch(examples: int, examples_per_step: int) -> int:
+    """Optimizer steps of one pass; the last one may be smaller."""
+    return math.ceil(examples / examples_per_step)
+
+
+def total_steps(examples: int, examples_per_step: int, epochs: float, max_steps: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = max(1, math.ceil(epochs * steps_per_epoch(examples, examples_per_step)))
+    return min(steps, max_steps) if max_steps else steps
+
+
+def workload(rows: Sequence[TokenRow], heldout: Sequence[TokenRow], steps: int, trainable: int) -> Workload:
+    """Count what the rows hold."""
+    return Workload(
+        examples=len(rows),
+        heldout=len(heldout),
+        tokens=sum(len(row.ids) for row in rows),
+        answer_tokens=sum(row.answer_tokens for row in rows),
+        longest=max(len(row.ids) for row in (*rows, *heldout)),
+        steps=steps,
+        trainable=trainable,
+    )
+
+
+def memory_needed(
+    shape: Shape, work: Workload, *, method: str, precision: str, attention: str, micro_tokens: int
+) -> int:
+    """Expected peak bytes of the process (CPU) or card (CUDA).
+
+    Weights, gradients and Adam's two moments; per token what each layer keeps for its backward; logits of the answer
+    tokens with their float32 copy, probabilities and gradient.
+    """
+    width = _WIDTH[precision]
+    base_width = {"qlora": 0.55, "lora": width, "full": 4}[method]
+    weights = shape.parameters * base_width + work.trainable * (12 if method == "full" else 16)
+    tokens = max(micro_tokens, work.longest)
+    per_layer = (12 * shape.hidden + 5 * shape.intermediate) * width
+    if attention == "eager":
+        per_layer += shape.heads * min(work.longest, tokens) * (2 * width + 4)
+    logits = shape.vocabulary * (2 * width + 12)
+    answer_share = work.answer_tokens / work.tokens
+    return int(_PROCESS_BYTES + weights + tokens * (shape.layers * per_layer + answer_share * logits))
+
+
+def disk_needed(shape: Shape, work: Workload, method: str) -> int:
+    """Expected peak bytes on disk: the checkpoints (one more while it is written) and the result."""
+    state = work.trainable * 12
+    result = shape.parameters * 4 if method == "full" else work.trainable * 4
+    return int((_KEPT_CHECKPOINTS + 1) * state + result + 20e6)

@@ -1,0 +1,196 @@
+"""What a model is worth: held-out loss, perplexity, and an answer to a question."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from sheily_train import paths
+from sheily_train.core.branches import catalog
+from sheily_train.core.branches.examples import RowFormat, Turn, read_examples
+from sheily_train.core.training import bases, specialist
+from sheily_train.core.training.adapters import quiet_peft
+from sheily_train.core.training.data import Batch, TokenRow, collate, pad_id, render_prompt, split_by_tokens, tokenize
+from sheily_train.core.training.engine import mean_loss
+from sheily_train.core.training.training_router import Placement, place_for_inference
+from sheily_train.errors import BaseModelError, DataError, TrainingError
+from sheily_train.i18n import _
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss on the held-out answers, in nats per token, and its exponential."""
+
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(min(self.loss, 700.0))
+
+    def to_json(self) -> dict[str, float]:
+        """Both numbers."""
+        return {"loss": self.loss, "perplexity": self.perplexity}
+
+
+def batches(rows: Sequence[TokenRow], pad: int, placement: Placement) -> Iterator[Batch]:
+    """The rows as padded batches of similar length, on the placement's device."""
+    for group in split_by_tokens(rows, placement.micro_tokens):
+        yield collate(group, pad, placement.device)
+
+
+def evaluate_rows(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int, placement: Placement) -> HeldOut | None:
+    """The loss on ``rows``, or ``None`` when there are none."""
+    if not rows:
+        return None
+    loss = mean_loss(model, batches(rows, pad, placement), placement)
+    if not math.isfinite(loss):
+        raise TrainingError(_("La pérdida sobre los ejemplos reservados no es un número ({loss}).").format(loss=loss))
+    return HeldOut(loss)
+
+
+@dataclass(frozen=True)
+class Specialist:
+    """A loaded model with its tokenizer and the ``training_config.json`` of the specialist it belongs to."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: dict[str, Any]
+    placement: Placement
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it is an adapter on a base."""
+        return hasattr(self.model, "disable_adapter")
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[Specialist]:
+        """The base it was trained from: the same model with its adapter switched off, or the base loaded beside it."""
+        if self.has_adapter:
+            with self.model.disable_adapter():
+                yield self
+        else:
+            yield replace(self, model=_load(self.config["request"]["model"], self.placement).eval())
+
+
+def open_specialist(folder: Path, branch: str, device: str = "auto", precision: str = "auto") -> Specialist:
+    """The model of a branch from its folder, placed as the router says: base and adapter, or the whole model."""
+    config = specialist.require_config(folder, branch)
+    placement = place_for_inference(device, precision)
+    if (folder / paths.ADAPTER_CONFIG).is_file():
+        model = _with_adapter(_load(config["request"]["model"], placement), folder)
+    else:
+        model = _load(str(folder), placement)
+    return Specialist(model.eval(), bases.load_tokenizer(str(folder)), config, placement)
+
+
+def _load(name: str, placement: Placement) -> Any:
+    return bases.load_model(name, dtype=placement.base_dtype, device=placement.device, attention=placement.attention)
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        with quiet_peft():
+            return PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BaseModelError(
+            _("El adaptador de {folder} no se puede cargar: {error}.").format(folder=folder, error=error),
+            mend=_("Entrena la rama de nuevo con --fresh."),
+        ) from error
+
+
+def compare_with_base(branch: str, branches_dir: Path, folder: Path, device: str = "auto") -> dict[str, Any]:
+    """Held-out loss and perplexity of a branch's specialist and of its base, measured now, ready for JSON."""
+    found = catalog.find_branch(branches_dir, branch)
+    loaded = open_specialist(folder, branch, device)
+    request = loaded.config["request"]
+    examples = read_examples(found.evaluation_files)
+    if not examples:
+        raise DataError(
+            _("La rama «{branch}» no tiene ejemplos reservados.").format(branch=branch),
+            mend=_("Ponlos en {folder}.").format(folder=found.folder / paths.EVALUATION_DATA),
+        )
+    rows = tokenize(examples, loaded.tokenizer, template=request["template"], max_length=request["max_length"])
+    pad = pad_id(loaded.tokenizer)
+    after = HeldOut(mean_loss(loaded.model, batches(rows, pad, loaded.placement), loaded.placement))
+    with loaded.base() as base:
+        before = HeldOut(mean_loss(base.model, batches(rows, pad, loaded.placement), loaded.placement))
+    return {
+        "branch": branch,
+        "heldout_examples": len(rows),
+        "base": before.to_json(),
+        "specialist": after.to_json(),
+    }
+
+
+def ask_specialist(
+    loaded: Specialist, question: str, *, max_new_tokens: int = 200, on_text: Callable[[str], None] | None = None
+) -> str:
+    """A specialist's answer to a question, put as its training rows were."""
+    return answer(
+        loaded.model,
+        loaded.tokenizer,
+        question,
+        row_format=RowFormat(loaded.config["data"]["format"]),
+        template=loaded.config["request"]["template"],
+        max_new_tokens=max_new_tokens,
+        on_text=on_text,
+    )
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    row_format: RowFormat,
+    template: str,
+    max_new_tokens: int = 200,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The model's most likely answer to a question, put in the form it was trained on.
+
+    Args:
+        model: a causal LM, with or without adapter.
+        tokenizer: its tokenizer.
+        question: what the person asks.
+        row_format: the format of the rows it was trained on.
+        template: ``sheily`` or ``chat``.
+        max_new_tokens: where an answer that does not end is cut.
+        on_text: called with each piece of text as soon as it is known.
+    """
+    from transformers import GenerationConfig, TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+            if on_text is not None:
+                on_text(text)
+
+    prompt = render_prompt([Turn("user", question)], row_format, template, tokenizer)
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=template != "chat")
+    inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_id(tokenizer),
+    )
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            generation_config=generation,
+            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,120 @@
+"""What the machine has: devices, precisions, free memory and disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sheily_train import __version__
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts a placement depends on. Memory in bytes."""
+
+    cuda: bool
+    cuda_bf16: bool
+    cuda_name: str
+    cuda_free: int
+    mps: bool
+    cpu_bf16: bool
+    threads: int
+    memory_free: int
+
+
+def inspect_machine() -> Machine:
+    """Look at this machine now."""
+    cuda = torch.cuda.is_available()
+    return Machine(
+        cuda=cuda,
+        cuda_bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+        cuda_name=torch.cuda.get_device_name() if cuda else "",
+        cuda_free=torch.cuda.mem_get_info()[0] if cuda else 0,
+        mps=torch.backends.mps.is_available(),
+        cpu_bf16=cpu_has_fast_bf16(),
+        threads=torch.get_num_threads(),
+        memory_free=free_memory(),
+    )
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware: AMX or AVX512-BF16, and oneDNN is allowed to."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not any(word in limit for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return False
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new process can use: the system's, or what the container's limit leaves."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(counts["inactive_file"])  # cached file pages, which the kernel gives back when asked
+    except (OSError, ValueError, KeyError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held in memory so far."""
+    if sys.platform == "win32":  # pragma: no cover
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is, or would be created."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def fingerprint(device: str) -> dict[str, Any]:
+    """What two runs must share to agree bit for bit: software versions, processor or card, threads."""
+    import peft
+    import transformers
+
+    processor = torch.cuda.get_device_name() if device == "cuda" else _processor_name()
+    return {
+        "sheily_train": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": device,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def make_deterministic(device: str) -> None:
+    """Ask for the same bits each time: needed on CUDA, already so on the CPU for a fixed number of threads."""
+    if device == "cuda":  # pragma: no cover
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,192 @@
+"""Everything that is known before a run touches a weight: rows, tokens, place, memory, disk, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sheily_train.core.branches import catalog, examples
+from sheily_train.core.branches.examples import Example
+from sheily_train.core.training import adapters, bases, budget, data, hardware
+from sheily_train.core.training.budget import Shape, Workload
+from sheily_train.core.training.data import TokenRow
+from sheily_train.core.training.hardware import Machine
+from sheily_train.core.training.request import TrainRequest
+from sheily_train.core.training.run import Run
+from sheily_train.core.training.training_router import Placement, available_devices, route
+from sheily_train.errors import ResourceError
+from sheily_train.i18n import _
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_STATE_VERSION = 1
+"""Raised when a checkpoint of the code before can no longer be continued to the same bits."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request made concrete on this machine.
+
+    Attributes:
+        request: the request with every ``auto`` resolved.
+        key: a name for the run, equal for requests that lead to the same weights.
+        branch, data_hash: what it learns from.
+        row_format: the format of its rows, after which questions are put later.
+        rows, heldout: training and held-out rows as tokens.
+        base: what the base model is.
+        placement: where and how it runs.
+        shape, work: the sizes behind the estimates.
+        memory, memory_free, disk, disk_free: bytes.
+    """
+
+    request: TrainRequest
+    key: str
+    branch: catalog.Branch
+    data_hash: str
+    row_format: examples.RowFormat
+    rows: Sequence[TokenRow]
+    heldout: Sequence[TokenRow]
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    placement: Placement
+    shape: Shape
+    work: Workload
+    memory: int
+    memory_free: int
+    disk: int
+    disk_free: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass."""
+        return budget.steps_per_epoch(len(self.rows), self.request.examples_per_step)
+
+    def step_rows(self, step: int) -> list[TokenRow]:
+        """The rows of optimizer step ``step`` (from 0)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = data.epoch_order(len(self.rows), self.request.seed, epoch)
+        size = self.request.examples_per_step
+        return [self.rows[index] for index in order[within * size : (within + 1) * size]]
+
+    def facts(self) -> dict[str, Any]:
+        """What the first lines of a run tell, ready for JSON."""
+        return {
+            "branch": self.branch.name,
+            "model": self.request.model,
+            "placement": self.placement.to_json(),
+            "format": self.row_format.value,
+            "examples": self.work.examples,
+            "heldout_examples": self.work.heldout,
+            "tokens": self.work.tokens,
+            "answer_tokens": self.work.answer_tokens,
+            "longest_row": self.work.longest,
+            "steps": self.work.steps,
+            "parameters": self.shape.parameters,
+            "trainable_parameters": self.work.trainable,
+            "memory_bytes": self.memory,
+            "memory_free_bytes": self.memory_free,
+            "disk_bytes": self.disk,
+            "disk_free_bytes": self.disk_free,
+            "output": str(self.request.model_folder),
+        }
+
+
+def load_training_data(branch: str, branches_dir: Path) -> tuple[list[Example], list[Example]]:
+    """A branch's training and held-out examples; any bad row raises :class:`DataError` with its file and line."""
+    found = catalog.find_branch(branches_dir, branch)
+    return examples.read_examples(found.training_files), examples.read_examples(found.evaluation_files)
+
+
+def prepare(request: TrainRequest) -> Job:
+    """Read, count and place a request. A run that was cut off keeps its placement, for the sake of the same bits.
+
+    Raises:
+        RequestError, DataError, BaseModelError: the request, its rows or its base cannot be used.
+        ResourceError: memory or disk will not do.
+    """
+    branch = catalog.find_branch(request.branches_dir, request.branch)
+    training = examples.read_examples(branch.training_files)
+    heldout = examples.read_examples(branch.evaluation_files)
+    config = bases.load_config(request.model)
+    tokenizer = bases.load_tokenizer(request.model)
+    data_hash, base = catalog.data_hash(branch), bases.identity(request.model)
+    key = _key(request, data_hash, base)
+    request = replace(request, max_length=_longest_allowed(request, config))
+    rows = data.tokenize(training, tokenizer, template=request.template, max_length=request.max_length)
+    judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
+    steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
+    shape, trainable = _measure(config, request)
+    work = budget.workload(rows, judged, steps, trainable)
+    machine = hardware.inspect_machine()
+    placement = _earlier_placement(request, key, machine) or route(request, machine, shape, work)
+    request = replace(request, device=placement.device, precision=placement.precision, attention=placement.attention)
+    return Job(
+        request=request,
+        key=key,
+        branch=branch,
+        data_hash=data_hash,
+        row_format=training[0].format,
+        rows=rows,
+        heldout=judged,
+        tokenizer=tokenizer,
+        base=base,
+        placement=placement,
+        shape=shape,
+        work=work,
+        memory=budget.memory_needed(
+            shape,
+            work,
+            method=placement.method,
+            precision=placement.precision,
+            attention=placement.attention,
+            micro_tokens=placement.micro_tokens,
+        ),
+        memory_free=machine.cuda_free if placement.device == "cuda" else machine.memory_free,
+        disk=budget.disk_needed(shape, work, placement.method),
+        disk_free=hardware.free_disk(request.model_folder),
+    )
+
+
+def check_disk(job: Job) -> None:
+    """Stop before any work when the disk will not hold the run."""
+    if job.disk > job.disk_free:
+        raise ResourceError(
+            _("Hacen falta unos {needed:.0f} MB de disco en {folder} y hay {free:.0f} MB libres.").format(
+                needed=job.disk / 1e6, folder=job.request.model_folder, free=job.disk_free / 1e6
+            ),
+            mend=_("Libera espacio o elige otra carpeta con --output."),
+        )
+
+
+def _key(request: TrainRequest, data_hash: str, base: str) -> str:
+    content = [_STATE_VERSION, request.identity(), data_hash, base]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _earlier_placement(request: TrainRequest, key: str, machine: Machine) -> Placement | None:
+    record = Run(request.model_folder, key).record
+    if record is None or request.micro_tokens:
+        return None
+    placement = Placement(**record["placement"])
+    return placement if placement.device in available_devices(machine) else None
+
+
+def _longest_allowed(request: TrainRequest, config: PretrainedConfig) -> int:
+    """The asked length, or the model's own limit where that is lower."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(request.max_length, limit) if limit else request.max_length
+
+
+def _measure(config: PretrainedConfig, request: TrainRequest) -> tuple[Shape, int]:
+    """The base's shape and the number of parameters to train, from a model without weights."""
+    model = budget.meta_model(config)
+    shape = budget.model_shape(model)
+    if not request.uses_adapter:
+        return shape, shape.parameters
+    adapted = adapters.create_lora_model(model, request)
+    return shape, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

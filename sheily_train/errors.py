@@ -1,0 +1,95 @@
+"""The one family of errors.
+
+    SheilyError              1   anything the program can explain
+    ├── RequestError         2   a flag, setting or name that cannot be used
+    ├── DataError            3   a branch's rows: file:line, found, expected, mend
+    ├── BaseModelError       4   a base model that is absent, damaged or cannot be loaded
+    ├── ResourceError        5   too little memory or disk
+    ├── BusyError            6   another process holds the branch
+    ├── TrainingError        7   the run itself went wrong (a loss that is not a number, …)
+    ├── MissingExtraError    8   an optional package that is not installed
+    └── Interrupted        130   stopped by Ctrl-C or SIGTERM, with everything saved
+
+The number is the exit code of the command line. Only :class:`SheilyError` and its children are shown as one line;
+everything else is a defect of the program and keeps its traceback.
+
+To add an error: is there a caller who would catch it apart from its parent? If not, raise the parent.
+"""
+
+from __future__ import annotations
+
+from sheily_train.i18n import _
+
+
+class SheilyError(Exception):
+    """An explained failure: ``message`` says where and what was found, ``mend`` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.mend}".rstrip()
+
+
+class RequestError(SheilyError):
+    """A flag, a setting or a name that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(SheilyError):
+    """Rows that cannot be trained on."""
+
+    exit_code = 3
+
+
+class BaseModelError(SheilyError):
+    """A base model that is absent, damaged or cannot be loaded."""
+
+    exit_code = 4
+
+
+class ResourceError(SheilyError):
+    """Too little memory or disk for what was asked."""
+
+    exit_code = 5
+
+
+class BusyError(SheilyError):
+    """Another process holds the branch."""
+
+    exit_code = 6
+
+
+class TrainingError(SheilyError):
+    """The run itself went wrong."""
+
+    exit_code = 7
+
+
+class MissingExtraError(SheilyError):
+    """An optional package that is not installed.
+
+    Args:
+        package: the distribution that is missing, as ``wandb``.
+        extra: the extra of ``sheily-train`` that brings it.
+        purpose: what it is needed for, as a Spanish noun phrase.
+    """
+
+    exit_code = 8
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            _("Falta el paquete «{package}», necesario para {purpose}.").format(package=package, purpose=purpose),
+            mend=_("Instálalo con: pip install 'sheily-train[{extra}]'").format(extra=extra),
+        )
+
+
+class Interrupted(SheilyError):
+    """Stopped by Ctrl-C or SIGTERM; what was reached is saved."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""Views over the run log: terminal, plain lines, experiment trackers."""

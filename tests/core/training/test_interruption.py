@@ -1,0 +1,169 @@
+"""Nothing is lost: real processes are killed, stopped and starved of disk, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sheily_train import paths, runlog
+
+COMMAND = (sys.executable, "-m", "sheily_train", "train", "--branch", "physics", "--lora")
+SETTINGS = ("--epochs", "150", "--batch-size", "4", "--lora-dropout", "0.1", "--early-stopping", "1000", "--save-steps", "2")
+
+
+def start(home: Path, model: Path, *more: str, **options: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"SHEILY_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*COMMAND, "--model", str(model), *SETTINGS, *more],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def work(home: Path) -> Path:
+    return paths.work_dir(home / "var" / "central_models" / "physics")
+
+
+def steps_logged(home: Path) -> int:
+    logs = list((home / "var" / "central_logs").glob("*.jsonl"))
+    return sum(line.startswith(b'{"event": "step"') for log in logs for line in log.read_bytes().splitlines())
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    return out
+
+
+def outcome(home: Path) -> tuple[bytes, list[str], dict[str, object]]:
+    """What must be equal bit for bit: weights, step log, metrics (but for what the clock said)."""
+    folder = home / "var" / "central_models" / "physics"
+    metrics = json.loads((folder / paths.TRAINING_METRICS).read_text())
+    del metrics["timing"]
+    config = json.loads((folder / paths.TRAINING_CONFIG).read_text())
+    return (folder / paths.ADAPTER_WEIGHTS).read_bytes(), runlog.deterministic_lines(Path(config["log"])), metrics
+
+
+@pytest.fixture
+def homes(home: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two project roots with the same branches."""
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(home, other)
+    return home, other
+
+
+def test_ten_kills_change_no_bit(homes: tuple[Path, Path], tiny_llama: Path) -> None:
+    """Ten kill -9, half of them while a checkpoint is being written, leave the weights and log of a quiet run."""
+    quiet, disturbed = homes
+    finish(start(quiet, tiny_llama))
+
+    chance = random.Random(20)  # noqa: S311
+    killed = in_checkpoint = 0
+    while killed < 10:
+        process = start(disturbed, tiny_llama)
+        if killed % 2:
+            wait_until(process, lambda: any(work(disturbed).glob("*/checkpoints/tmp-*")))
+            in_checkpoint += process.poll() is None
+        else:
+            before = steps_logged(disturbed)
+            wait_until(process, lambda before=before: steps_logged(disturbed) != before)  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 0.4))
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.communicate()
+        killed += 1
+    assert in_checkpoint == 5
+    finish(start(disturbed, tiny_llama))
+
+    weights, lines, metrics = outcome(disturbed)
+    expected_weights, expected_lines, expected_metrics = outcome(quiet)
+    assert weights == expected_weights
+    assert lines == expected_lines
+    assert metrics == expected_metrics
+    assert len([line for line in lines if '"step"' in line and "lr" in line]) == 450
+    assert not list(work(disturbed).glob("*/run.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(homes: tuple[Path, Path], tiny_llama: Path, number: int) -> None:
+    """Ctrl-C and SIGTERM end with one line that tells the step, and the same command goes on from that step."""
+    home, _other = homes
+    process = start(home, tiny_llama)
+    wait_until(process, lambda: steps_logged(home) > 3)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+    assert "todo está guardado" in error
+    assert "Repite la misma orden" in error
+    step = int(error.split("paso ")[1].split()[0])
+
+    again = finish(start(home, tiny_llama))
+    assert f"Sigue desde el paso {step} de 450" in again
+
+
+def test_a_second_run_is_told_who_holds_the_branch(homes: tuple[Path, Path], tiny_llama: Path) -> None:
+    """While one process trains a branch, another gets its number, machine and start, and touches nothing."""
+    home, _other = homes
+    first = start(home, tiny_llama)
+    wait_until(first, lambda: steps_logged(home) > 3)
+    second = start(home, tiny_llama)
+    _out, error = second.communicate(timeout=60)
+    assert second.returncode == 6
+    assert f"proceso {first.pid} en " in error
+    assert "Traceback" not in error
+    finish(first)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(homes: tuple[Path, Path], tiny_llama: Path) -> None:
+    """When a file cannot be written to its end, one line says so, and with room again the run ends as a quiet one."""
+    home, quiet = homes
+    finish(start(quiet, tiny_llama, "--epochs", "20"))
+
+    first = start(home, tiny_llama, "--epochs", "20")
+    wait_until(first, lambda: len(list(work(home).glob("*/checkpoints/step-*"))) > 0)
+    first.kill()
+    first.communicate()
+
+    saved = sorted(work(home).glob("*/checkpoints/step-*"))
+    sizes = [file.stat().st_size for folder in saved for file in folder.glob("*.safetensors")]
+    limit = min(sizes) // 2
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(home, tiny_llama, "--epochs", "20", preexec_fn=small_disk)
+    _out, error = process.communicate(timeout=60)
+    assert process.returncode == 5, error
+    assert "El disco está lleno" in error
+    assert error.count("\n") == 1
+    assert sorted(work(home).glob("*/checkpoints/step-*")) == saved
+    assert not list(work(home).glob("*/checkpoints/tmp-*"))
+
+    finish(start(home, tiny_llama, "--epochs", "20"))
+    assert outcome(home) == outcome(quiet)
