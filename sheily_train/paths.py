@@ -19,14 +19,19 @@ TRAINING_METRICS = "training_metrics.json"
 MODEL_CARD = "README.md"
 
 
+def _from_environment(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value).expanduser().resolve() if value else None
+
+
 def project_root() -> Path:
     """The folder that holds ``all-Branches/`` and ``var/``.
 
     ``SHEILY_HOME`` when set; else the nearest folder from the current one upwards that holds ``all-Branches``; else the
     checkout this package lies in, when it holds one; else the current folder.
     """
-    if home := os.environ.get("SHEILY_HOME"):
-        return Path(home).expanduser().resolve()
+    if home := _from_environment("SHEILY_HOME"):
+        return home
     here = Path.cwd()
     checkout = Path(__file__).resolve().parent.parent
     for folder in (here, *here.parents, checkout):
@@ -36,13 +41,13 @@ def project_root() -> Path:
 
 
 def branches_dir() -> Path:
-    """The folder with one folder per branch."""
-    return project_root() / BRANCHES_FOLDER
+    """The folder with one folder per branch: ``SHEILY_BRANCHES_DIR`` when set."""
+    return _from_environment("SHEILY_BRANCHES_DIR") or project_root() / BRANCHES_FOLDER
 
 
 def models_dir() -> Path:
-    """The folder that receives one trained model per branch."""
-    return project_root() / "var" / "central_models"
+    """The folder that receives one trained model per branch: ``SHEILY_MODELS_DIR`` when set."""
+    return _from_environment("SHEILY_MODELS_DIR") or project_root() / "var" / "central_models"
 
 
 def logs_dir() -> Path:
@@ -52,8 +57,8 @@ def logs_dir() -> Path:
 
 def cache_dir() -> Path:
     """The folder for what can be fetched again: ``SHEILY_CACHE``, else ``sheily-train`` in the user's cache folder."""
-    if cache := os.environ.get("SHEILY_CACHE"):
-        return Path(cache).expanduser().resolve()
+    if cache := _from_environment("SHEILY_CACHE"):
+        return cache
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sheily-train"
 
 

@@ -39,7 +39,7 @@ class RunLog:
         self._file.seek(0, os.SEEK_END)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one record and hand it to the listeners. Numbers that are not finite become ``null``: JSON has none."""
+        """Append one record and hand it to the listeners. A number that is not finite becomes ``null``."""
         record: Record = {"event": event} | {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in fields.items()

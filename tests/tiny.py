@@ -49,7 +49,8 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         vocab_size=340, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(_SENTENCES, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    untyped: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = untyped(
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token=EOS, pad_token=EOS, unk_token="<|endoftext|>"
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
@@ -79,6 +80,7 @@ def tiny_model(folder: Path, architecture: str = "llama") -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        untyped: Any = AutoModelForCausalLM
+        model = untyped.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     return folder

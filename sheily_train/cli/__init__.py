@@ -15,7 +15,7 @@ from sheily_train.cli.branches import branches
 from sheily_train.cli.evaluate import evaluate
 from sheily_train.cli.export import export
 from sheily_train.cli.models import models
-from sheily_train.cli.spanish import teach_click_spanish
+from sheily_train.cli.spanish import name_placeholders, teach_click_spanish
 from sheily_train.cli.train import train
 from sheily_train.errors import SheilyError
 from sheily_train.i18n import _
@@ -31,6 +31,7 @@ def sheily() -> None:
 
 for command in (train, branches, models, evaluate, ask, export):
     sheily.add_command(command)
+name_placeholders(sheily)
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None, prog: str = "sheily") -> NoReturn:

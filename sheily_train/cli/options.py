@@ -14,18 +14,12 @@ from sheily_train.i18n import _
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _path_option(name: str, variable: str, default: Callable[[], Path], help_text: str) -> Decorator:
-    return click.option(
-        name, type=click.Path(path_type=Path), envvar=variable, default=default, metavar=_("CARPETA"), help=help_text
-    )
+def _path_option(name: str, default: Callable[[], Path], help_text: str) -> Decorator:
+    return click.option(name, type=click.Path(path_type=Path), default=default, metavar=_("CARPETA"), help=help_text)
 
 
-branches_dir_option = _path_option(
-    "--branches-dir", "SHEILY_BRANCHES_DIR", paths.branches_dir, _("Carpeta de las ramas.")
-)
-models_dir_option = _path_option(
-    "--models-dir", "SHEILY_MODELS_DIR", paths.models_dir, _("Carpeta con un modelo por rama.")
-)
+branches_dir_option = _path_option("--branches-dir", paths.branches_dir, _("Carpeta de las ramas."))
+models_dir_option = _path_option("--models-dir", paths.models_dir, _("Carpeta con un modelo por rama."))
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help=_("Dispositivo.")
 )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 
+import click
+
 from sheily_train.i18n import _
 
 _SENTENCES = {
-    "Usage: ": _("Uso: "),
+    "Usage:": _("Uso:"),
     "Options": _("Opciones"),
     "Commands": _("Órdenes"),
     "Positional arguments": _("Argumentos"),
@@ -35,7 +37,7 @@ _SENTENCES = {
     "{name} {filename!r} is a file.": _("{filename!r} es un archivo."),
     "{name} {filename!r} is a directory.": _("{filename!r} es una carpeta."),
     "Did you mean {possibility}?": _("¿Quizá {possibility}?"),
-    "(Possible options: {possibilities})": _("(Quizá: {possibilities})"),
+    "(Did you mean one of: {possibilities}?)": _("(¿Quizá una de estas: {possibilities}?)"),
     "{value!r} is not {choice}.": _("{value!r} no es {choice}."),
     "{value!r} is not one of {choices}.": _("{value!r} no es uno de {choices}."),
     "Got unexpected extra argument ({args})": _("Sobra un argumento ({args})"),
@@ -51,6 +53,15 @@ def _gettext(message: str) -> str:
 
 def _ngettext(singular: str, plural: str, count: int) -> str:
     return _gettext(singular if count == 1 else plural)
+
+
+def name_placeholders(command: click.Command) -> None:
+    """Give a command, and those below it, Spanish words for what stands in its usage line."""
+    command.options_metavar = _("[OPCIONES]")
+    if isinstance(command, click.Group):
+        command.subcommand_metavar = _("ORDEN [ARGUMENTOS]…")
+        for below in command.commands.values():
+            name_placeholders(below)
 
 
 def teach_click_spanish() -> None:

@@ -25,8 +25,9 @@ from sheily_train.errors import DataError
 from sheily_train.i18n import _
 from sheily_train.paths import EVALUATION_DATA, ROWS_SUFFIX, TRAINING_DATA
 
-# About 2,000 tokens of English, 3,000 of Spanish in a small vocabulary: more than most runs' --max-length keeps.
-MAX_CHARACTERS = 8_000
+# Where the default --max-length of 1,024 tokens begins to cut: with the embedded base's vocabulary a token is 2.7
+# characters of our Spanish rows and 4.9 of WordNet's English ones.
+MAX_CHARACTERS = 4_000
 
 # The least similarity of near duplicates (see _near_duplicates). Over fifty branches made of four question templates
 # and WordNet's definitions (34,192 rows), 0.90 finds 7 pairs, each about one and the same term and with answers that
@@ -74,18 +75,15 @@ def check_branches(branches: Sequence[Branch], *, max_characters: int = MAX_CHAR
 
 def check_folder(branches_dir: Path) -> list[Problem]:
     """What lies beside the branches and is none: stray files, and folders by whose name no branch can be called."""
-    return [
-        Problem(
-            Code.STRAY,
-            path,
-            0,
-            _("una carpeta con este nombre") if path.is_dir() else _("un archivo suelto"),
-            _("una carpeta por rama"),
-            _("Usa letras, cifras, «-», «_», «.» y espacios.") if path.is_dir() else _mend_stray(path),
-        )
-        for path in sorted(branches_dir.iterdir())
-        if not (path.is_dir() and is_name(path.name)) and not _is_allowed(path)
-    ]
+    expected = _("una carpeta por rama")
+    problems = []
+    for path in sorted(branches_dir.iterdir()):
+        if path.is_dir() and not path.name.startswith(".") and not is_name(path.name):
+            found, mend = _("una carpeta con este nombre"), _("Usa letras, cifras, «-», «_», «.» y espacios.")
+            problems.append(Problem(Code.STRAY, path, 0, found, expected, mend))
+        elif path.is_file() and not _is_allowed(path):
+            problems.append(Problem(Code.STRAY, path, 0, _("un archivo suelto"), expected, _mend_stray(path)))
+    return problems
 
 
 def fold(text: str) -> str:

@@ -147,7 +147,7 @@ def read_examples(files: Iterable[Path]) -> list[Example]:
     problems = [item for item in items if isinstance(item, Problem)]
     if problems:
         data = problems[0].file.parent
-        branch = data.parent.parent.name if data.name == "data" else _("NOMBRE")
+        branch = (data.name == "data" and data.parent.parent.name) or _("NOMBRE")
         mend = _("Corrígelas o bórralas; para verlas todas: sheily branches check {branch}").format(branch=branch)
         refuse_errors(problems, mend)
     return [item for item in items if isinstance(item, Example)]
@@ -205,7 +205,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, Row | Problem]]:
                 if line.startswith(b"\xef\xbb\xbf"):
                     line = line[3:]
                     yield number, _byte_order_mark(file, number)
-                if line.isspace() or not line:
+                if not line.strip():
                     continue
                 try:
                     yield number, _parse_line(line)

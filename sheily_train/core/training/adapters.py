@@ -59,6 +59,7 @@ def lora_config(model: PreTrainedModel, request: TrainRequest) -> LoraConfig:
     architecture; ``all-linear`` every linear layer but the head.
     """
     import peft
+    from transformers.pytorch_utils import Conv1D
 
     targets: Any = list(request.lora_targets)
     if targets == ["auto"]:
@@ -71,6 +72,7 @@ def lora_config(model: PreTrainedModel, request: TrainRequest) -> LoraConfig:
         lora_alpha=request.effective_alpha,
         lora_dropout=request.lora_dropout,
         target_modules=targets,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         task_type="CAUSAL_LM",
     )
 

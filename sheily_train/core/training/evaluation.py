@@ -87,11 +87,12 @@ def open_specialist(folder: Path, branch: str, device: str = "auto", precision: 
     """The model of a branch from its folder, placed as the router says: base and adapter, or the whole model."""
     config = specialist.require_config(folder, branch)
     placement = place_for_inference(device, precision)
-    if (folder / paths.ADAPTER_CONFIG).is_file():
-        model = _with_adapter(_load(config["request"]["model"], placement), folder)
-    else:
-        model = _load(str(folder), placement)
-    return Specialist(model.eval(), bases.load_tokenizer(str(folder)), config, placement)
+    has_adapter = (folder / paths.ADAPTER_CONFIG).is_file()
+    base = config["request"]["model"] if has_adapter else str(folder)
+    model = _load(base, placement)
+    if has_adapter:
+        model = _with_adapter(model, folder)
+    return Specialist(model.eval(), bases.load_tokenizer(base), config, placement)
 
 
 def _load(name: str, placement: Placement) -> Any:

@@ -23,7 +23,8 @@ def _start(record: Record) -> list[str]:
         _("Rama {branch}: {examples} ejemplos ({format}), {heldout_examples} reservados; base {model}"),
         _("Dónde: {reason}"),
         _(
-            "Trabajo: {steps} pasos; por pasada {tokens} tokens, {answer_tokens} de respuesta; fila más larga: {longest_row}"
+            "Trabajo: {steps} pasos; por pasada {tokens} tokens, {answer_tokens} de respuesta; "
+            "fila más larga: {longest_row}"
         ),
         _("Parámetros: {trainable_parameters:,} entrenables de {parameters:,}"),
         _("Memoria: unos {memory:.1f} GB de {memory_free:.1f} GB libres"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sheily_train import paths
 from sheily_train.core.branches import catalog, examples
 from sheily_train.core.branches.examples import Example
 from sheily_train.core.training import adapters, bases, budget, data, hardware
@@ -18,7 +19,7 @@ from sheily_train.core.training.hardware import Machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
 from sheily_train.core.training.training_router import Placement, available_devices, route
-from sheily_train.errors import ResourceError
+from sheily_train.errors import DataError, ResourceError
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ def prepare(request: TrainRequest) -> Job:
     branch = catalog.find_branch(request.branches_dir, request.branch)
     training = examples.read_examples(branch.training_files)
     heldout = examples.read_examples(branch.evaluation_files)
+    if not training:
+        raise DataError(
+            _("La rama «{branch}» no tiene ninguna fila de entrenamiento.").format(branch=branch.name),
+            mend=_("Ponlas en {folder}.").format(folder=branch.folder / paths.TRAINING_DATA),
+        )
     config = bases.load_config(request.model)
     tokenizer = bases.load_tokenizer(request.model)
     data_hash, base = catalog.data_hash(branch), bases.identity(request.model)

@@ -56,7 +56,7 @@ class TrainRequest:
 
     branch: str = _setting("", _("Rama que se entrena."))
     model: str = _setting(
-        "smollm2-135m", _("Modelo base: smollm2-135m, un id de Hugging Face o una carpeta."), "--model_name_or_path"
+        "smollm2-135m", _("Modelo base: smollm2-135m, un id de Hugging Face o una carpeta."), "--model-name-or-path"
     )
     lora: bool = _setting(False, _("Entrena un adaptador LoRA en lugar de todos los pesos."))
     qlora: bool = _setting(False, _("LoRA sobre la base en 4 bits (CUDA y bitsandbytes)."))
@@ -228,8 +228,8 @@ def _convert(name: str, value: Any, origin: str) -> Any:
         return _as(kind, value)
     except (TypeError, ValueError):
         raise RequestError(
-            _("{origin}: «{value}» no vale para {name}; se esperaba {kind}.").format(
-                origin=origin, value=value, name=flag(name), kind=_KIND_NAMES.get(kind, str(kind))
+            _("{origin}: {name} vale «{value}»; se esperaba {kind}.").format(
+                origin=origin, name=name, value=value, kind=_KIND_NAMES.get(kind, _("una lista de nombres"))
             )
         ) from None
 

@@ -110,9 +110,9 @@ def test_data_hash_knows_contents_names_and_parts(tmp_path: Path) -> None:
     with (folder / "evaluation" / "data" / "test.jsonl").open("a", encoding="utf-8") as file:
         file.write(ROW)
     hashes.append(hash_of("one"))
-    (folder / "evaluation" / "data" / "test.jsonl").rename(folder / "evaluation" / "data" / "other.jsonl")
+    (folder / "evaluation" / "data" / "test.jsonl").rename(folder / "evaluation" / "data" / "zz.jsonl")
     hashes.append(hash_of("one"))
-    (folder / "evaluation" / "data" / "other.jsonl").rename(folder / "training" / "data" / "other.jsonl")
+    (folder / "evaluation" / "data" / "zz.jsonl").rename(folder / "training" / "data" / "zz.jsonl")
     hashes.append(hash_of("one"))
     assert len(set(hashes)) == 4
 

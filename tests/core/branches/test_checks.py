@@ -128,13 +128,23 @@ def test_the_same_fact_in_almost_the_same_words_is_a_near_duplicate(tmp_path: Pa
     "rows",
     [
         [pair(f'What does "{term}" mean in physics?', f"answer {number}") for number, term in enumerate(TERMS)],
-        [pair(f'What does "{term}" mean in physics?', "a quantity of physics") for term in TERMS],
+        [
+            pair(f'What does "{term}" mean in physics?', "a particle of physics")
+            for term in ("quark", "gluon", "muon", "boson")
+        ],
         [pair(f"¿Cuánto es {a} + {b}?", str(a + b)) for a in range(5) for b in range(a, 5)],
         [pair(f"¿Es {term} una magnitud?", "Sí." if number % 2 else "No.") for number, term in enumerate(TERMS)],
         [pair(f"¿Qué opinas de esto? {term}", "positivo") for term in TERMS],
         [
             pair("¿Qué es la primera base?", "La base que el corredor pisa en primer lugar al dar la vuelta al campo."),
             pair("¿Qué es la tercera base?", "La base que el corredor pisa en tercer lugar al dar la vuelta al campo."),
+        ],
+        [
+            pair(
+                f"¿Qué es la academia {name} de los Estados Unidos?",
+                f"Una escuela de futuros oficiales {where} del país.",
+            )
+            for name, where in (("militar", "del ejército"), ("naval", "de la marina"))
         ],
         [
             pair("¿Qué son las moiras?", "Las tres diosas griegas del destino, iguales a las parcas romanas."),
@@ -144,7 +154,7 @@ def test_the_same_fact_in_almost_the_same_words_is_a_near_duplicate(tmp_path: Pa
 )
 def test_templates_about_different_things_are_no_duplicates(tmp_path: Path, rows: list[dict[str, str]]) -> None:
     """Short rows that share their template, or even their answer, are different facts when their terms differ."""
-    write(tmp_path, "physics", TRAINING, [*FILLER, *rows])
+    write(tmp_path, "physics", TRAINING, [*FILLER, *templated(), *rows])
     assert check(tmp_path) == []
 
 

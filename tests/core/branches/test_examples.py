@@ -254,6 +254,13 @@ def test_a_byte_order_mark_is_a_warning(tmp_path: Path, lines: tuple[bytes, byte
     assert problem.line == lines.index(b"\xef\xbb\xbf" + GOOD) + 1
 
 
+def test_a_lone_byte_order_mark_is_no_row(tmp_path: Path) -> None:
+    """An empty file as some editors save it is still empty."""
+    file = write(tmp_path, b"\xef\xbb\xbf", end=b"")
+    assert [problem.code for problem in problems_of(file)] == [Code.BOM]
+    assert read_examples([file]) == []
+
+
 def test_the_format_is_that_of_the_first_usable_row(tmp_path: Path) -> None:
     """Broken and half rows at the start do not decide the format; they are held to it as the others are."""
     file = write(tmp_path, b"{", b'{"instruction": "P", "output": null}', b'{"prompt": "P", "completion": "R"}')
@@ -284,6 +291,15 @@ def test_strict_reading_lists_the_first_problems(tmp_path: Path, monkeypatch: py
     assert caught.value.exit_code == 3
 
 
+def test_files_outside_a_branch_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad file that lies in no branch folder still gets a whole message."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl:1:") as caught:
+        read_examples([Path("a.jsonl")])
+    assert caught.value.mend.endswith("sheily branches check NOMBRE")
+
+
 def test_several_files_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files may differ in format; examples follow the order given and name their source."""
     monkeypatch.chdir(tmp_path)
@@ -308,3 +324,7 @@ def test_excerpts_are_short_and_safe_for_the_terminal() -> None:
     assert excerpt("x" * 1000, 10) == "xxxxxxxxx…"
     assert excerpt(None) == "null"
     assert len(excerpt([["x" * 100] * 100] * 100)) <= 60
+    deep: list[Any] = []
+    for _level in range(100_000):
+        deep = [deep]
+    assert len(excerpt(deep)) <= 60

