@@ -10,7 +10,7 @@ from sheily_train import paths
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder outside any project, and a package installed outside any checkout."""
-    for name in ("SHEILY_HOME", "SHEILY_CACHE", "XDG_CACHE_HOME"):
+    for name in ("SHEILY_HOME", "SHEILY_BRANCHES_DIR", "SHEILY_MODELS_DIR", "SHEILY_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(paths, "__file__", str(tmp_path / "site-packages" / "sheily_train" / "paths.py"))
     folder = tmp_path / "project" / "deep" / "er"
@@ -49,6 +49,17 @@ def test_the_environment_names_the_root(nowhere: Path, monkeypatch: pytest.Monke
     assert paths.branches_dir() == nowhere / "other" / "all-Branches"
     assert paths.models_dir() == nowhere / "other" / "var" / "central_models"
     assert paths.logs_dir() == nowhere / "other" / "var" / "central_logs"
+
+
+def test_the_environment_names_branches_and_models_apart(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data on one disk, results on another; the logs stay with the project."""
+    monkeypatch.setenv("HOME", str(nowhere))
+    monkeypatch.setenv("SHEILY_HOME", str(nowhere))
+    monkeypatch.setenv("SHEILY_BRANCHES_DIR", "~/data")
+    monkeypatch.setenv("SHEILY_MODELS_DIR", "results")
+    assert paths.branches_dir() == nowhere / "data"
+    assert paths.models_dir() == nowhere / "results"
+    assert paths.logs_dir() == nowhere / "var" / "central_logs"
 
 
 def test_the_cache_is_where_the_environment_says(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,12 @@ from sheily_train.i18n import _
 @click.argument("question", metavar=_("PREGUNTA"))
 @click.option("--compare", is_flag=True, help=_("Muestra también lo que responde la base, lado a lado."))
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=200, show_default=True, help=_("Tokens de la respuesta como mucho.")
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    metavar=_("ENTERO"),
+    help=_("Tokens de la respuesta como mucho."),
 )
 @device_option
 @models_dir_option

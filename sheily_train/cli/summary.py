@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sheily_train import paths
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def print_one(result: TrainingResult) -> None:
     click.echo(_("Pérdida reservada: {change}").format(change=loss_change(result.metrics)))
     click.echo(_("Modelo:   {folder}").format(folder=result.folder))
     click.echo(_("Registro: {log}").format(log=result.log))
-    click.echo(_('Pregunta: sheily ask {branch} "…"').format(branch=branch))
+    folder = result.folder.absolute()
+    elsewhere = "" if folder.parent == paths.models_dir() else f" --models-dir {result.folder.parent}"
+    click.echo(_('Pregunta: sheily ask {name} "…"{elsewhere}').format(name=folder.name, elsewhere=elsewhere))
 
 
 def print_fleet(outcomes: list[Outcome]) -> None:

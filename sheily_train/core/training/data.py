@@ -111,7 +111,8 @@ def _render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[S
                 ).format(source=example.source),
                 mend=_("Usa --template sheily."),
             )
-        answer, closing, rest = whole[len(prompt) :].partition(end)
+        tail = whole[len(prompt) :]
+        answer, closing, rest = tail.rpartition(end) if end in tail else (tail, "", "")
         segments += [Segment(prompt[len(done) :], False), Segment(answer, True)]
         done = whole.removesuffix(rest) if closing else whole
     return segments

@@ -110,7 +110,7 @@ class _Training:
         ):
             self._tell_start(saved, damaged)
             self.engine = Engine(self._load_model(), self.job.request, self.job.placement, self.job.work.steps)
-            self.progress = Progress() if saved is None else self._restore(saved)
+            self.progress = self._restore(saved) if saved else self._first_look()
             self.clock = self._start_clock(saved)
             with StopSignal() as stop:
                 self._run_steps(stop)
@@ -163,8 +163,6 @@ class _Training:
     def _run_steps(self, stop: StopSignal) -> None:
         """The loop: rows, step, record, and now and then a checkpoint."""
         job, progress, pad = self.job, self.progress, data.pad_id(self.job.tokenizer)
-        if progress.step == 0:
-            progress.before = self._evaluate()
         while progress.step < job.work.steps and not progress.stopped:
             rows = job.step_rows(progress.step)
             groups = data.split_by_tokens(rows, job.placement.micro_tokens)
@@ -187,17 +185,19 @@ class _Training:
         if timing is not None:
             self.log.write("timing", **timing)
 
-    def _evaluate(self) -> HeldOut | None:
-        heldout = evaluate_rows(
-            self.engine.model, self.job.heldout, data.pad_id(self.job.tokenizer), self.job.placement
-        )
+    def _first_look(self) -> Progress:
+        """Nothing done yet, but the base judged."""
+        return Progress(before=self._evaluate(step=0))
+
+    def _evaluate(self, step: int) -> HeldOut | None:
+        heldout = evaluate_rows(self.engine.model, self.job.heldout, data.pad_id(self.job.tokenizer), self.job.placement)
         if heldout is not None:
-            self.log.write("eval", step=self.progress.step, **heldout.to_json())
+            self.log.write("eval", step=step, **heldout.to_json())
         return heldout
 
     def _judge_epoch(self) -> None:
         """Keep the weights that are best on the held-out rows; stop after too many epochs without gain."""
-        progress, heldout = self.progress, self._evaluate()
+        progress, heldout = self.progress, self._evaluate(self.progress.step)
         if heldout is None:
             return
         if progress.best is None or heldout.loss < progress.best:
@@ -251,7 +251,7 @@ class _Training:
         seconds = self.clock.seconds
         if self.progress.best_weights:
             self.engine.load_weights(self.progress.best_weights, "best")
-        after = self._evaluate()
+        after = self._evaluate(self.progress.step)
         metrics = self._metrics(after, seconds)
         results.write(self.run.result, self.engine.model, self.job, metrics, self.fingerprint, self.log_path)
         specialist.publish(self.run.result, self.job.request.model_folder)

@@ -130,6 +130,15 @@ def test_a_chat_template_that_closes_no_answer_still_teaches_the_end(
     assert learned(row, tokenizer) == f"[{TALK[3]}]{END}[{TALK[7]}]{END}"
 
 
+@pytest.mark.parametrize("template", ["sheily", "chat"])
+def test_an_answer_that_quotes_end_of_text_is_not_cut_there(
+    template: str, rows: Callable[..., list[TokenRow]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Nothing of an answer is lost in silence."""
+    (row,) = rows(question(f"Uno {END} dos."), template=template)
+    assert learned(row, tokenizer) == f"Uno {END} dos.{END}"
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -1,0 +1,213 @@
+"""The launchers, started as the pages write it, by real processes in a project root of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sheily_train import paths
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the command lines are a POSIX shell's")
+
+LIST = "python3 sheily_train/train_branch.py --list-branches"
+TRAINED = {
+    "physics": "python3 sheily_train/train_branch.py --branch physics",
+    "physics, LoRA": "python3 sheily_train/train_branch.py --branch physics --lora",
+    "sports": "python3 sheily_train/train_branch.py --branch sports --lora --epochs 5",
+    "medicine": "python3 sheily_train/train_branch.py --branch medicine --epochs 10 --lora",
+    "finance": "python3 sheily_train/train_branch.py --branch finance --lora",
+    "art": "python3 sheily_train/train_branch.py --branch art --epochs 5",
+}
+GATED = {
+    "programming": r"""python3 sheily_train/train_branch.py \
+    --branch programming \
+    --model meta-llama/Llama-2-7b-hf \
+    --epochs 10 \
+    --batch-size 8 \
+    --lora \
+    --output models/programming_custom""",
+    "medicine": r"""python3 sheily_train/train_branch.py \
+    --branch medicine \
+    --model meta-llama/Llama-2-7b-hf \
+    --epochs 10 \
+    --batch-size 8 \
+    --lora""",
+}
+
+
+def make_root(root: Path, *branches: str) -> Path:
+    """A project root with the launchers, and six of our rows to learn and two held out for each branch."""
+    root.mkdir()
+    (root / "sheily_train").symlink_to(ROOT / "sheily_train")
+    for branch in branches:
+        for part, name, count in ((paths.TRAINING_DATA, "train", 6), (paths.EVALUATION_DATA, "test", 2)):
+            lines = (ROOT / "all-Branches" / branch / part / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            (root / "all-Branches" / branch / part).mkdir(parents=True)
+            kept = "\n".join(sorted(lines, key=len)[:count]) + "\n"  # the tiny model has room for short rows
+            (root / "all-Branches" / branch / part / f"{name}.jsonl").write_text(kept, encoding="utf-8")
+    return root
+
+
+def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Give a line to a shell in a folder, as a person would whose ``python3`` has the packages."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHEILY_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment |= {"OMP_NUM_THREADS": "1", **more}
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def ended(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """Every command line, each given in a root of its own: the root, and how it ended. No hub can be reached."""
+    nowhere = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path_factory.mktemp("hub")),
+    }
+    short = {"SHEILY_MODEL": str(tiny_llama), "SHEILY_MAX_STEPS": "1", **nowhere}
+    lines = [*TRAINED.values(), *GATED.values()]
+    folder = tmp_path_factory.mktemp("roots")
+    roots = [
+        make_root(folder / str(number), line.partition("--branch ")[2].split()[0]) for number, line in enumerate(lines)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        processes = pool.map(lambda line, root: shell(line, root, **short), lines, roots)
+        return dict(zip(lines, zip(roots, processes, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_written_line_trains_its_branch(
+    name: str, ended: Mapping[str, tuple[Path, subprocess.CompletedProcess[str]]]
+) -> None:
+    """The line works as it is written: the branch's model stands where the pages say, with what the line asked."""
+    root, done = ended[TRAINED[name]]
+    assert (done.returncode, done.stderr) == (0, "")
+    branch, _, _ = name.partition(",")
+    folder = root / "var" / "central_models" / branch
+    request = json.loads((folder / paths.TRAINING_CONFIG).read_text(encoding="utf-8"))["request"]
+    assert request["branch"] == branch
+    assert request["lora"] == ("--lora" in TRAINED[name]) == (folder / paths.ADAPTER_WEIGHTS).is_file()
+    assert request["lora"] != (folder / paths.MODEL_WEIGHTS).is_file()
+    assert request["epochs"] == float(TRAINED[name].partition("--epochs ")[2].partition(" ")[0] or 3)
+    assert list((root / "var" / "central_logs").glob(f"training_{branch}_*.log"))
+    assert done.stdout.splitlines()[-1] == f'Pregunta: sheily ask {branch} "…"'
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_model_without_network_is_one_clear_line(
+    name: str, ended: Mapping[str, tuple[Path, subprocess.CompletedProcess[str]]]
+) -> None:
+    """Llama 2, without network or token: exit code 4, one line that names both, and nothing is left behind."""
+    root, done = ended[GATED[name]]
+    assert done.returncode == 4
+    [line] = done.stderr.splitlines()
+    assert line.startswith(
+        "Error: No se pudo descargar el modelo «meta-llama/Llama-2-7b-hf»: no hay conexión con el Hub."
+    )
+    assert "HF_TOKEN" in line
+    assert "--model smollm2-135m" in line
+    assert done.stdout == ""
+    assert not list(root.rglob("*.safetensors"))
+
+
+def test_the_pages_show_these_lines() -> None:
+    """sheily_train/README.md has each of the lines, as it is written here."""
+    page = (ROOT / "sheily_train" / "README.md").read_text(encoding="utf-8")
+    for line in (LIST, *TRAINED.values(), *GATED.values()):
+        assert f"\n{line}\n" in page
+
+
+def test_train_all_goes_on_after_a_bad_branch(tmp_path: Path, tiny_llama: Path) -> None:
+    """train_all.sh trains all that can be trained, ends with a table and code 1; mended, with 0, from anywhere."""
+    root = make_root(tmp_path / "root", "art", "finance", "physics")
+    rows = root / "all-Branches" / "finance" / paths.TRAINING_DATA / "train.jsonl"
+    good = rows.read_text(encoding="utf-8")
+    rows.write_text(good + '{"instruction": "¿Y esto?"}\n', encoding="utf-8")
+    short = {"SHEILY_MODEL": str(tiny_llama), "SHEILY_MAX_STEPS": "1"}
+
+    done = shell("sheily_train/train_all.sh --lora", root, **short)
+    assert done.returncode == 1, done.stderr
+    assert "train.jsonl:7" in done.stderr
+    assert [state(done, name) for name in ("art", "finance", "physics")] == ["entrenada", "falló", "entrenada"]
+    assert done.stdout.splitlines()[-1] == "2 de 3 ramas listas."
+    models = root / "var" / "central_models"
+    assert {folder.name for folder in models.glob("[!.]*")} == {"art", "physics"}
+
+    rows.write_text(good, encoding="utf-8")
+    done = shell(f"{root}/sheily_train/train_all.sh --lora", tmp_path, SHEILY_HOME=str(root), **short)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [state(done, name) for name in ("art", "finance", "physics")] == ["al día", "entrenada", "al día"]
+    assert done.stdout.splitlines()[-1] == "3 de 3 ramas listas."
+    assert (models / "finance" / paths.ADAPTER_WEIGHTS).is_file()
+
+
+def state(done: subprocess.CompletedProcess[str], branch: str) -> str:
+    """What the table that ends a run says of a branch."""
+    rows = done.stdout.rpartition(" Rama ")[2].splitlines()
+    [row] = [row for row in rows if row.split()[:1] == [branch]]
+    return "al día" if " al día " in row else row.split()[1]
+
+
+def copied_launcher(root: Path, packages_of: Path | None = None) -> Path:
+    """A root with a copy of the launcher, and with a ``.venv`` that has the packages of another environment."""
+    if packages_of is None:
+        (root / "sheily_train").mkdir(parents=True)
+        shutil.copy(ROOT / "sheily_train" / "train_branch.py", root / "sheily_train")
+        return root
+    shutil.copytree(ROOT / "sheily_train", root / "sheily_train", ignore=shutil.ignore_patterns("__pycache__"))
+    venv.create(root / ".venv", symlinks=True)
+    [site] = (root / ".venv").glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(f"{packages_of}\n", encoding="utf-8")
+    return root
+
+
+def plain_python(tmp_path: Path) -> dict[str, str]:
+    """The environment of a person whose ``python3`` has no packages at all."""
+    venv.create(tmp_path / "plain", symlinks=True)
+    kept = {name: value for name, value in os.environ.items() if name in {"HOME", "LANG", "LC_ALL", "SHEILY_CACHE"}}
+    return kept | {"PATH": f"{tmp_path / 'plain' / 'bin'}:/usr/bin:/bin"}
+
+
+def test_a_plain_python_goes_on_with_the_checkouts_own(tmp_path: Path) -> None:
+    """A ``python3`` without the packages hands over to .venv, arguments and all, from whatever folder it is started."""
+    root = copied_launcher(tmp_path / "checkout", Path(sysconfig.get_path("purelib")))
+    shutil.copytree(ROOT / "all-Branches" / "art", root / "all-Branches" / "art")
+    for line, folder in ((LIST, root), (f"python3 {root}/sheily_train/train_branch.py --list-branches", tmp_path)):
+        done = subprocess.run(line.split(), cwd=folder, env=plain_python(tmp_path), capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [row.split()[0] for row in done.stdout.splitlines()] == ["RAMA", "art"]
+
+
+@pytest.mark.parametrize("environment", ["none", "empty"])
+def test_without_packages_the_launcher_says_what_to_do(tmp_path: Path, environment: str) -> None:
+    """Without .venv, or with one that lacks the packages, there is one line that names ``make install``."""
+    root = copied_launcher(tmp_path / "checkout")
+    if environment == "empty":
+        venv.create(root / ".venv", symlinks=True)
+    done = subprocess.run(LIST.split(), cwd=root, env=plain_python(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["Error: faltan los paquetes de Sheily Train. Instálalos con: make install"]
+
+
+def test_list_branches_as_written(tmp_path: Path) -> None:
+    """``--list-branches`` shows the branches of the folder it is given in, and loads nothing heavy on the way."""
+    root = make_root(tmp_path / "root", "physics", "sports")
+    done = shell(LIST.replace("python3", "python3 -X importtime"), root)
+    assert [row.split()[:4] for row in done.stdout.splitlines()[1:]] == [
+        [name, "2", "6", "2"] for name in ("physics", "sports")
+    ]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "peft"}

@@ -1,0 +1,108 @@
+"""make does what the README says, shown without doing it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what an outer make or a person's settings would change."""
+    hidden = {"PYTHON", "TORCH", "BRANCH", "QUESTION"}
+    return {name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("MAKE")}
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A checkout in which nothing was installed yet."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def would_run(folder: Path, *words: str) -> list[list[str]]:
+    """The commands that make would run, split into words."""
+    done = subprocess.run(
+        ["make", "-n", *words], cwd=folder, env=environment(), capture_output=True, text=True, check=True
+    )
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def windows_steps(number: int) -> list[list[str]]:
+    """The steps without make of the README's first (0: demo) or second (1: tests) block, in make's words."""
+    code = re.findall(r"^```powershell\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[number]
+    lines = [line.replace("\\Scripts\\", "/bin/").replace("py -3 ", "python3 ") for line in code.splitlines()]
+    return [shlex.split(line) for line in lines]
+
+
+def steps(commands: list[list[str]]) -> list[list[str]]:
+    """Make's commands without its own bookkeeping: the check of Python's version, stamps, pip's silence."""
+    shown = [[word for word in words if word != "--quiet"] for words in commands]
+    return [words for words in shown if words[0] != "touch" and "-c" not in words]
+
+
+def test_help_lists_every_target(fresh: Path) -> None:
+    """``make``, alone or with ``help``, has a line for every target."""
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    for words in (["make"], ["make", "help"]):
+        done = subprocess.run(words, cwd=fresh, env=environment(), capture_output=True, text=True, check=True)
+        listed = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+        assert listed.keys() == set(phony[1].split())
+        assert all(listed.values())
+
+
+def test_demo_is_what_the_readme_shows_step_by_step(fresh: Path) -> None:
+    """On a fresh machine ``make demo`` runs the very steps that the README gives to people without make."""
+    assert steps(would_run(fresh, "demo")) == windows_steps(0)
+
+
+def test_test_installs_and_runs_everything(fresh: Path) -> None:
+    """``make test`` goes from nothing through ruff and mypy to all tests, as the README's second list does."""
+    installation = [words for words in windows_steps(0) if words[0] == "python3" or "pip" in words]
+    assert steps(would_run(fresh, "test")) == installation + windows_steps(1)
+
+
+def test_train_takes_the_branch(fresh: Path) -> None:
+    """``make train BRANCH=sports`` trains that branch with LoRA, and installs nothing that is installed."""
+    (fresh / ".venv").mkdir()
+    (fresh / ".venv" / "installed").touch()
+    commands = would_run(fresh, "train", "BRANCH=sports")
+    assert commands[-1] == [".venv/bin/sheily", "train", "--branch", "sports", "--lora"]
+    assert not [words for words in commands if "pip" in words]
+    assert would_run(fresh, "list-branches") == [[".venv/bin/sheily", "branches", "list"]]
+
+
+def test_an_old_python_is_told(fresh: Path) -> None:
+    """The first step of the installation names the Python that is needed, and how to say which one to use."""
+    [check] = [words for words in would_run(fresh, "install") if "-c" in words]
+    assert "3.11" in check[2]
+    assert "make install PYTHON=" in check[2]
+    older = check[2].replace("sys.version_info < (3, 11)", "sys.version_info < (99,)")
+    done = subprocess.run(["python3", "-c", older], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Hace falta Python 3.11")
+
+
+def test_ci_runs_make_test_and_nothing_else(tmp_path: Path) -> None:
+    """``.ci/run``, started anywhere, calls make once, with ``test``, in the checkout, and ends as it does."""
+    log = tmp_path / "log"
+    (tmp_path / "make").write_text(f'#!/bin/sh\necho "$PWD: $*" >> {log}\nexit 3\n')
+    (tmp_path / "make").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment() | {"PATH": path})
+    assert done.returncode == 3
+    assert log.read_text() == f"{ROOT.resolve()}: test\n"
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    commands = [line for line in lines if line and not line.startswith("#")]
+    assert [line.split()[0] for line in commands] == ["set", "cd", "make"]
