@@ -1,10 +1,10 @@
 """One epoch of one branch, ours against another trainer, in turn in one run.
 
-    python benchmarks/versus_peft.py --branches-dir DIR --peers peers.py [--branch physics] [--batch-size 32] [--rounds 1]
+    python benchmarks/versus_peft.py --branches-dir DIR --peers peers.py [--branch physics] [--batch-size 32]
 
-``peers.py`` trains the same rows with transformers and PEFT and prints one JSON line. Both sides use LoRA r=8 on q_proj and
-v_proj, learning rate 2e-4, the same batch size, and are judged on every held-out row. The table is printed, and written
-with machine and command to ``benchmarks/<date>-versus-peft.json``.
+``peers.py`` trains the same rows with transformers and PEFT and prints one JSON line. Both sides use LoRA r=8 on q_proj
+and v_proj, learning rate 2e-4, the same batch size, and are judged on every held-out row. The table is printed, and
+written with machine and command to ``benchmarks/<date>-versus-peft.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ SETTINGS = ("--epochs", "1", "--lr", "2e-4")
 
 def run(words: list[str]) -> str:
     """A command's standard output; its errors go to the screen."""
-    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}).stdout
+    return subprocess.run(
+        words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    ).stdout
 
 
 def ours(arguments: argparse.Namespace) -> dict[str, Any]:

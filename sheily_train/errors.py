@@ -10,8 +10,8 @@
     ├── MissingExtraError    8   an optional package that is not installed
     └── Interrupted        130   stopped by Ctrl-C or SIGTERM, with everything saved
 
-The number is the exit code of the command line. Only :class:`SheilyError` and its children are shown as one line;
-everything else is a defect of the program and keeps its traceback.
+The number is the exit code of the command line. Anything else that is raised is a defect of the program: it leaves with
+70 and one line too, and shows its traceback with ``--debug``.
 
 To add an error: is there a caller who would catch it apart from its parent? If not, raise the parent.
 """
@@ -19,6 +19,15 @@ To add an error: is there a caller who would catch it apart from its parent? If 
 from __future__ import annotations
 
 from sheily_train.i18n import _
+
+INTERNAL_ERROR = 70
+
+
+def internal_error_text(error: Exception) -> str:
+    """One line for an exception that the program did not expect."""
+    return _("Fallo inesperado: {kind}: {error}. La traza se ve con --debug.").format(
+        kind=type(error).__name__, error=" ".join(str(error).split())
+    )
 
 
 class SheilyError(Exception):

@@ -174,11 +174,12 @@ def copied_launcher(root: Path, packages_of: Path | None = None) -> Path:
     return root
 
 
-def plain_python(tmp_path: Path) -> dict[str, str]:
-    """The environment of a person whose ``python3`` has no packages at all."""
+def plainly(line: str, folder: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Give a line as a person would whose ``python3`` has no packages at all; one that never ends is an error."""
     venv.create(tmp_path / "plain", symlinks=True)
-    kept = {name: value for name, value in os.environ.items() if name in {"HOME", "LANG", "LC_ALL", "SHEILY_CACHE"}}
-    return kept | {"PATH": f"{tmp_path / 'plain' / 'bin'}:/usr/bin:/bin"}
+    environment = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL") if name in os.environ}
+    environment["PATH"] = f"{tmp_path / 'plain' / 'bin'}:/usr/bin:/bin"
+    return subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_a_plain_python_goes_on_with_the_checkouts_own(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_plain_python_goes_on_with_the_checkouts_own(tmp_path: Path) -> None:
     root = copied_launcher(tmp_path / "checkout", Path(sysconfig.get_path("purelib")))
     shutil.copytree(ROOT / "all-Branches" / "art", root / "all-Branches" / "art")
     for line, folder in ((LIST, root), (f"python3 {root}/sheily_train/train_branch.py --list-branches", tmp_path)):
-        done = subprocess.run(line.split(), cwd=folder, env=plain_python(tmp_path), capture_output=True, text=True)
+        done = plainly(line, folder, tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert [row.split()[0] for row in done.stdout.splitlines()] == ["RAMA", "art"]
 
@@ -197,7 +198,7 @@ def test_without_packages_the_launcher_says_what_to_do(tmp_path: Path, environme
     root = copied_launcher(tmp_path / "checkout")
     if environment == "empty":
         venv.create(root / ".venv", symlinks=True)
-    done = subprocess.run(LIST.split(), cwd=root, env=plain_python(tmp_path), capture_output=True, text=True)
+    done = plainly(LIST, root, tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["Error: faltan los paquetes de Sheily Train. Instálalos con: make install"]
 

@@ -17,7 +17,7 @@ from sheily_train.cli.export import export
 from sheily_train.cli.models import models
 from sheily_train.cli.spanish import name_placeholders, teach_click_spanish
 from sheily_train.cli.train import train
-from sheily_train.errors import SheilyError
+from sheily_train.errors import INTERNAL_ERROR, SheilyError, internal_error_text
 from sheily_train.i18n import _
 
 teach_click_spanish()
@@ -58,6 +58,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, prog: st
             raise
         click.echo(_("Interrumpido."), err=True)
         code = 130
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(_("Error: {error}").format(error=internal_error_text(error)), err=True)
+        code = INTERNAL_ERROR
     sys.exit(code if isinstance(code, int) else 0)
 
 

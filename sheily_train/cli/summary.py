@@ -26,8 +26,13 @@ def print_one(result: TrainingResult) -> None:
     click.echo(_("Modelo:   {folder}").format(folder=result.folder))
     click.echo(_("Registro: {log}").format(log=result.log))
     folder = result.folder.absolute()
-    elsewhere = "" if folder.parent == paths.models_dir() else f" --models-dir {result.folder.parent}"
-    click.echo(_('Pregunta: sheily ask {name} "…"{elsewhere}').format(name=folder.name, elsewhere=elsewhere))
+    elsewhere = "" if folder.parent == paths.models_dir() else f" --models-dir {_word(result.folder.parent)}"
+    click.echo(_('Pregunta: sheily ask {name} "…"{elsewhere}').format(name=_word(folder.name), elsewhere=elsewhere))
+
+
+def _word(text: object) -> str:
+    """The text as one word of a command line."""
+    return f'"{text}"' if " " in str(text) else str(text)
 
 
 def print_fleet(outcomes: list[Outcome]) -> None:

@@ -82,6 +82,7 @@ def train(
         print_branches(given.get("branches_dir") or paths.branches_dir(), paths.models_dir(), as_json)
         return 0
     requests = _requests(given, names, everything)
+    _have_base(requests[0].model, quiet=quiet or as_json)
     if dry_run:
         return _dry_run(requests, as_json)
     return _train(requests, fresh=fresh, quiet=quiet or as_json, as_json=as_json, report_to=report_to)
@@ -106,14 +107,21 @@ def _requests(given: dict[str, Any], names: tuple[str, ...], everything: bool) -
     return [TrainRequest(branch=name, output=outputs[name], **given) for name in names]
 
 
+def _have_base(model: str, *, quiet: bool) -> None:
+    """Fetch the embedded base if it is not there yet, telling so; a base that cannot be had ends the command here."""
+    from sheily_train.core.training import bases
+
+    bases.locate(model, notify=lambda text: None if quiet else click.echo(text))
+
+
 def _dry_run(requests: list[TrainRequest], as_json: bool) -> int:
     from sheily_train.core.training.narration import describe
-    from sheily_train.core.training.preparation import check_disk, prepare
+    from sheily_train.core.training.preparation import check_resources, prepare
 
     facts = []
     for request in requests:
         job = prepare(request)
-        check_disk(job)
+        check_resources(job)
         facts.append(job.facts())
         if not as_json:
             click.echo("\n".join(describe({"event": "start", **job.facts()})))
@@ -150,6 +158,8 @@ def _tracker(name: str) -> Callable[[dict[str, Any]], None]:
 
     def listen(record: dict[str, Any]) -> None:
         if record["event"] in {"start", "resume"}:
+            for unfinished in current:
+                unfinished({"event": "done"})
             current[:] = [tracker(name, record["branch"], paths.logs_dir() / name)]
         for listener in current:
             listener(record)

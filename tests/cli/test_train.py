@@ -196,3 +196,26 @@ def test_a_terminal_sees_a_live_bar(home: Path, tiny_llama: Path) -> None:
     assert "pérdida " in text
     assert "/80" in text
     assert "Pérdida reservada: " in text
+
+
+def test_a_misspelt_branch_leaves_nothing_behind(run: Run, home: Path) -> None:
+    """No folder, lock or log is made for a branch that does not exist."""
+    assert run("train", "--branch", "../fisica")[0] == 2
+    assert not (home / "var").exists()
+
+
+def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody foresaw is told in one line; several branches go on after it."""
+    from sheily_train.core.training import trainer
+
+    def broken(*_words: object, **_more: object) -> None:
+        raise ZeroDivisionError("prueba\nlarga")
+
+    monkeypatch.setattr(trainer, "create_lora_model", broken)
+    code, _out, error = run("train", "--all", "--lora")
+    assert code == 1
+    assert error.count("Fallo inesperado: ZeroDivisionError: prueba larga") == 2
+    monkeypatch.setattr("sheily_train.core.branches.catalog.find_branches", broken)
+    code, _out, error = run("branches", "list")
+    assert code == 70
+    assert error.count("\n") == 1

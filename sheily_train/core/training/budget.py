@@ -41,6 +41,7 @@ class Workload:
         longest: tokens of the longest row, held-out ones included.
         steps: optimizer steps.
         trainable: parameters that are trained.
+        keeps_best: whether a copy of the best trained weights is kept (early stopping).
     """
 
     examples: int
@@ -50,6 +51,7 @@ class Workload:
     longest: int
     steps: int
     trainable: int
+    keeps_best: bool = False
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -87,7 +89,9 @@ def total_steps(examples: int, examples_per_step: int, epochs: float, max_steps:
     return min(steps, max_steps) if max_steps else steps
 
 
-def workload(rows: Sequence[TokenRow], heldout: Sequence[TokenRow], steps: int, trainable: int) -> Workload:
+def workload(
+    rows: Sequence[TokenRow], heldout: Sequence[TokenRow], *, steps: int, trainable: int, keeps_best: bool = False
+) -> Workload:
     """Count what the rows hold."""
     return Workload(
         examples=len(rows),
@@ -97,6 +101,7 @@ def workload(rows: Sequence[TokenRow], heldout: Sequence[TokenRow], steps: int, 
         longest=max(len(row.ids) for row in (*rows, *heldout)),
         steps=steps,
         trainable=trainable,
+        keeps_best=keeps_best,
     )
 
 
@@ -111,6 +116,7 @@ def memory_needed(
     width = _WIDTH[precision]
     base_width = {"qlora": 0.55, "lora": width, "full": 4}[method]
     weights = shape.parameters * base_width + work.trainable * (12 if method == "full" else 16)
+    weights += work.trainable * 4 * work.keeps_best
     tokens = max(micro_tokens, work.longest)
     per_layer = (12 * shape.hidden + 5 * shape.intermediate) * width
     if attention == "eager":
@@ -122,6 +128,6 @@ def memory_needed(
 
 def disk_needed(shape: Shape, work: Workload, method: str) -> int:
     """Expected peak bytes on disk: the checkpoints (one more while it is written) and the result."""
-    state = work.trainable * 12
+    state = work.trainable * (16 if work.keeps_best else 12)
     result = shape.parameters * 4 if method == "full" else work.trainable * 4
     return int((_KEPT_CHECKPOINTS + 1) * state + result + 20e6)

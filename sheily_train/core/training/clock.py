@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 _WRITING_SHARE = 0.05
-"""At most this part of the time goes into writing checkpoints, whatever the request says."""
+"""At most this part of the time goes into checkpoints that are written by the minute."""
 
 _SECONDS_BETWEEN_TIMINGS = 1.0
 

@@ -75,8 +75,19 @@ def _sheily_turn(turn: Turn) -> str:
 
 
 def _apply_chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generation: bool) -> str:
+    from jinja2 import TemplateError
+
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except TemplateError as error:
+        roles = ", ".join(turn.role for turn in turns)
+        raise RequestError(
+            _("La plantilla de chat del modelo no admite una conversación {roles}: {error}.").format(
+                roles=roles, error=error
+            ),
+            mend=_("Usa --template sheily."),
+        ) from error
 
 
 def render(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:

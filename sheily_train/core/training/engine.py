@@ -78,6 +78,13 @@ def warmup_steps(request: TrainRequest, total: int) -> int:
     return math.ceil(asked * total) if asked < 1 else int(asked)
 
 
+def _not_finite(what: str, step: int, value: float) -> TrainingError:
+    return TrainingError(
+        _("{what} del paso {step} no es un número ({value}).").format(what=what, step=step + 1, value=value),
+        mend=_("Prueba una --lr menor o --precision fp32; el último punto de control está intacto."),
+    )
+
+
 def step_seed(seed: int, step: int) -> int:
     """The random seed of one step."""
     return (seed * 1_000_003 + step) % 2**63
@@ -124,14 +131,11 @@ class Engine:
         self.model.train()
         loss = sum(self._backward(batch, answer_tokens) for batch in batches) / answer_tokens
         if not math.isfinite(loss):
-            raise TrainingError(
-                _("La pérdida del paso {step} no es un número ({loss}).").format(step=step + 1, loss=loss),
-                mend=_("Prueba una --lr menor o --precision fp32; el último punto de control está intacto."),
-            )
+            raise _not_finite(_("La pérdida"), step, loss)
         lr = self._request.learning_rate * schedule_factor(
             self._request.schedule, step, self._warmup, self._total_steps
         )
-        norm = self._update(lr)
+        norm = self._update(step, lr)
         return StepResult(loss, norm, lr, answer_tokens, sum(int(batch.mask_BT.sum()) for batch in batches))
 
     def _backward(self, batch: Batch, answer_tokens: int) -> float:
@@ -140,12 +144,14 @@ class Engine:
         torch.autograd.backward(self.scaler.scale(loss_sum / answer_tokens))
         return loss_sum.item()
 
-    def _update(self, lr: float) -> float:
+    def _update(self, step: int, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         limit = self._request.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise _not_finite(_("La norma del gradiente"), step, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.trainer import TrainingResult, train_model
-from sheily_train.errors import Interrupted, SheilyError
+from sheily_train.errors import Interrupted, SheilyError, internal_error_text
 from sheily_train.runlog import Listener
 
 
@@ -31,3 +31,7 @@ def train_branches(
             raise
         except SheilyError as error:
             yield Outcome(request.branch, None, error)
+        except Exception as error:
+            unexpected = SheilyError(internal_error_text(error))
+            unexpected.__cause__ = error
+            yield Outcome(request.branch, None, unexpected)

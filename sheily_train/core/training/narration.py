@@ -26,12 +26,14 @@ def _start(record: Record) -> list[str]:
             "Trabajo: {steps} pasos; por pasada {tokens} tokens, {answer_tokens} de respuesta; "
             "fila más larga: {longest_row}"
         ),
-        _("Parámetros: {trainable_parameters:,} entrenables de {parameters:,}"),
+        _("Parámetros: {trainable} entrenables de {all}"),
         _("Memoria: unos {memory:.1f} GB de {memory_free:.1f} GB libres"),
         _("Disco: unos {disk:.0f} MB de {disk_free:.0f} MB libres"),
     ]
     values = record | {
         "reason": record["placement"]["reason"],
+        "trainable": f"{record['trainable_parameters']:,}".replace(",", " "),
+        "all": f"{record['parameters']:,}".replace(",", " "),
         "memory": record["memory_bytes"] / 1e9,
         "memory_free": record["memory_free_bytes"] / 1e9,
         "disk": record["disk_bytes"] / 1e6,

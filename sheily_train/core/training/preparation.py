@@ -18,7 +18,7 @@ from sheily_train.core.training.data import TokenRow
 from sheily_train.core.training.hardware import Machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
-from sheily_train.core.training.training_router import Placement, available_devices, route
+from sheily_train.core.training.training_router import Placement, available_devices, route, short_of_memory
 from sheily_train.errors import DataError, ResourceError
 from sheily_train.i18n import _
 
@@ -127,7 +127,8 @@ def prepare(request: TrainRequest) -> Job:
     judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
     shape, trainable = _measure(config, request)
-    work = budget.workload(rows, judged, steps, trainable)
+    keeps_best = request.early_stopping > 0
+    work = budget.workload(rows, judged, steps=steps, trainable=trainable, keeps_best=keeps_best)
     machine = hardware.inspect_machine()
     placement = _earlier_placement(request, key, machine) or route(request, machine, shape, work)
     request = replace(request, device=placement.device, precision=placement.precision, attention=placement.attention)
@@ -158,8 +159,10 @@ def prepare(request: TrainRequest) -> Job:
     )
 
 
-def check_disk(job: Job) -> None:
-    """Stop before any work when the disk will not hold the run."""
+def check_resources(job: Job) -> None:
+    """Stop before any work when memory or disk will not hold the run."""
+    if job.memory > job.memory_free:
+        raise short_of_memory(job.memory, job.memory_free)
     if job.disk > job.disk_free:
         raise ResourceError(
             _("Hacen falta unos {needed:.0f} MB de disco en {folder} y hay {free:.0f} MB libres.").format(

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from sheily_train import durable, paths
+from sheily_train.core.branches import catalog
 from sheily_train.core.training import bases, checkpoint, data, hardware, results, specialist
 from sheily_train.core.training.adapters import create_lora_model, quantization
 from sheily_train.core.training.clock import Clock
 from sheily_train.core.training.engine import Engine
 from sheily_train.core.training.evaluation import HeldOut, ask_specialist, evaluate_rows, open_specialist
 from sheily_train.core.training.narration import TextLog
-from sheily_train.core.training.preparation import Job, check_disk, load_training_data, prepare
+from sheily_train.core.training.preparation import Job, check_resources, load_training_data, prepare
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run, StopSignal, hold
 from sheily_train.errors import Interrupted, ResourceError
@@ -62,14 +63,15 @@ def train_model(request: TrainRequest, *, listeners: tuple[Listener, ...] = (), 
     Raises:
         SheilyError: see :mod:`sheily_train.errors`; :class:`Interrupted` after Ctrl-C or SIGTERM, all of it saved.
     """
-    with _explained_full_disk(request), hold(request.model_folder, request.branch):
+    catalog.find_branch(request.branches_dir, request.branch)
+    with _explained_shortage(request), hold(request.model_folder, request.branch):
         job = prepare(request)
         run = Run(job.request.model_folder, job.key)
         if fresh:
             run.discard()
         elif (result := _finished(job, run)) is not None:
             return result
-        check_disk(job)
+        check_resources(job)
         return _Training(job, run, listeners).result()
 
 
@@ -87,6 +89,7 @@ def _finished(job: Job, run: Run) -> TrainingResult | None:
     config = specialist.read_config(folder)
     if config is None or config["key"] != job.key:
         return None
+    run.discard()
     metrics = durable.read_json(folder / paths.TRAINING_METRICS) or {}
     return TrainingResult(folder, Path(config["log"]), metrics, skipped=True)
 
@@ -190,7 +193,9 @@ class _Training:
         return Progress(before=self._evaluate(step=0))
 
     def _evaluate(self, step: int) -> HeldOut | None:
-        heldout = evaluate_rows(self.engine.model, self.job.heldout, data.pad_id(self.job.tokenizer), self.job.placement)
+        heldout = evaluate_rows(
+            self.engine.model, self.job.heldout, data.pad_id(self.job.tokenizer), self.job.placement
+        )
         if heldout is not None:
             self.log.write("eval", step=step, **heldout.to_json())
         return heldout
@@ -287,10 +292,19 @@ class _Training:
 
 
 @contextlib.contextmanager
-def _explained_full_disk(request: TrainRequest) -> Iterator[None]:
-    """Turn the system's error for a full disk into one that says what is safe and what to do."""
+def _explained_shortage(request: TrainRequest) -> Iterator[None]:
+    """Turn what system and torch say about a full disk or memory into an error with what is safe and what to do."""
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ResourceError(
+            _("Se acabó la memoria al entrenar «{branch}»; los puntos de control siguen intactos.").format(
+                branch=request.branch
+            ),
+            mend=_("Repite la orden con un --micro-tokens menor: sigue desde el último."),
+        ) from error
     except OSError as error:
         if not durable.is_full_disk(error):
             raise

@@ -172,10 +172,15 @@ def _fitting_micro_tokens(
         if needed <= free:
             return micro_tokens
         if micro_tokens <= work.longest:
-            raise ResourceError(
-                _("Hacen falta unos {needed:.1f} GB de memoria y hay {free:.1f} GB libres.").format(
-                    needed=needed / 1e9, free=free / 1e9
-                ),
-                mend=_("Prueba --lora, un modelo menor o una --max-length menor."),
-            )
+            raise short_of_memory(needed, free)
         micro_tokens //= 2
+
+
+def short_of_memory(needed: int, free: int) -> ResourceError:
+    """The error for a run that will not fit. Both in bytes."""
+    return ResourceError(
+        _("Hacen falta unos {needed:.1f} GB de memoria y hay {free:.1f} GB libres.").format(
+            needed=needed / 1e9, free=free / 1e9
+        ),
+        mend=_("Prueba --lora, un modelo menor, o una --max-length o unos --micro-tokens menores."),
+    )

@@ -92,7 +92,7 @@ def test_ten_kills_change_no_bit(homes: tuple[Path, Path], tiny_llama: Path) -> 
     quiet, disturbed = homes
     finish(start(quiet, tiny_llama))
 
-    chance = random.Random(20)  # noqa: S311
+    chance = random.Random(20)
     killed = in_checkpoint = 0
     while killed < 10:
         process = start(disturbed, tiny_llama)
@@ -126,7 +126,7 @@ def test_a_signal_saves_and_says_how_to_go_on(homes: tuple[Path, Path], tiny_lla
     process = start(home, tiny_llama)
     wait_until(process, lambda: steps_logged(home) > 3)
     process.send_signal(number)
-    out, error = process.communicate(timeout=60)
+    _out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in error
     assert error.count("\n") == 1

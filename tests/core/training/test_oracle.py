@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,8 +84,8 @@ def reference(job: Job, folder: Path) -> tuple[list[float], dict[str, torch.Tens
 
 
 @pytest.fixture
-def result(request_: TrainRequest) -> Iterator[TrainingResult]:
-    yield train_model(request_)
+def result(request_: TrainRequest) -> TrainingResult:
+    return train_model(request_)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
