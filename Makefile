@@ -29,7 +29,7 @@ install: .venv/installed ## Crea .venv, instala y prepara el modelo base
 	@$(BIN)/sheily models get smollm2-135m
 
 demo: install ## Entrena la rama physics y compara base y especialista
-	@$(BIN)/sheily train --branch physics --lora
+	@$(BIN)/sheily train --branch physics --lora --epochs 1 --batch-size 2 --lr 2e-3
 	@$(BIN)/sheily ask physics "$(QUESTION)" --compare --max-tokens 120
 
 train: install ## Entrena una rama: make train BRANCH=sports

@@ -36,7 +36,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train with this project in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "sheily_train", "train", "--branch", arguments.branch, "--lora", *SETTINGS]
-        words += ["--batch-size", str(arguments.batch_size), "--schedule", "linear", "--warmup-steps", "0", "--json"]
+        words += ["--batch-size", str(arguments.batch_size), "--lora-targets", "q_proj,v_proj"]
+        words += ["--schedule", "linear", "--json"]
         words += ["--branches-dir", str(arguments.branches_dir), "--output", f"{folder}/model"]
         os.environ["SHEILY_HOME"] = folder
         metrics = json.loads(run(words))[0]["metrics"]
@@ -81,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for _round in range(arguments.rounds):
-        for measure in (ours, lambda a: peft(a, "fp32"), lambda a: peft(a, "bf16")):
+        for measure in (ours, lambda a: peft(a, "bf16"), lambda a: peft(a, "fp32")):
             row = measure(arguments)
             rows.append(row)
             print(" · ".join(f"{name} {value}" for name, value in row.items()), flush=True)

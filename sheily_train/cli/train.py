@@ -96,6 +96,10 @@ def _requests(given: dict[str, Any], names: tuple[str, ...], everything: bool) -
         names = tuple(
             branch.name for branch in catalog.find_branches(given.get("branches_dir") or paths.branches_dir())
         )
+        if not names:
+            raise RequestError(
+                _("No hay ninguna rama que entrenar."), mend=_("Crea una: sheily branches import NOMBRE ARCHIVO")
+            )
     names = tuple(dict.fromkeys(names)) or ((configured,) if configured else ())
     if not names:
         raise RequestError(

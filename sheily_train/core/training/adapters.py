@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-_USUAL_TARGETS = ("q_proj", "v_proj")
-
 
 def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftModel:
     """Freeze ``model`` and put a LoRA adapter on it, drawn from the request's seed.
@@ -44,6 +42,15 @@ def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftMode
         ) from error
 
 
+def leave_types_to_autocast(model: PeftModel) -> None:
+    """Stop PEFT from copying every adapted layer's input to float32, which costs memory and time under autocast."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False
+
+
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
     """Without the notice that PEFT asks transformers for an attribute by its former name: nobody here can mend it."""
@@ -55,17 +62,13 @@ def quiet_peft() -> Iterator[None]:
 def lora_config(model: PreTrainedModel, request: TrainRequest) -> LoraConfig:
     """PEFT's configuration of the asked adapter.
 
-    ``auto`` targets the query and value projections where they have their usual names, else PEFT's choice for the
-    architecture; ``all-linear`` every linear layer but the head.
+    ``all-linear`` targets every linear layer but the head.
     """
     import peft
     from transformers.pytorch_utils import Conv1D
 
     targets: Any = list(request.lora_targets)
-    if targets == ["auto"]:
-        usual = set(_USUAL_TARGETS) <= set(_linear_names(model))
-        targets = list(_USUAL_TARGETS) if usual else None
-    elif targets == ["all-linear"]:
+    if targets == ["all-linear"]:
         targets = "all-linear"
     return peft.LoraConfig(
         r=request.lora_r,

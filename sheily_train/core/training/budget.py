@@ -42,6 +42,7 @@ class Workload:
         steps: optimizer steps.
         trainable: parameters that are trained.
         keeps_best: whether a copy of the best trained weights is kept (early stopping).
+        adapted_features: inputs and outputs of all layers with an adapter, summed.
     """
 
     examples: int
@@ -52,6 +53,7 @@ class Workload:
     steps: int
     trainable: int
     keeps_best: bool = False
+    adapted_features: int = 0
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -90,7 +92,13 @@ def total_steps(examples: int, examples_per_step: int, epochs: float, max_steps:
 
 
 def workload(
-    rows: Sequence[TokenRow], heldout: Sequence[TokenRow], *, steps: int, trainable: int, keeps_best: bool = False
+    rows: Sequence[TokenRow],
+    heldout: Sequence[TokenRow],
+    *,
+    steps: int,
+    trainable: int,
+    keeps_best: bool = False,
+    adapted_features: int = 0,
 ) -> Workload:
     """Count what the rows hold."""
     return Workload(
@@ -102,6 +110,7 @@ def workload(
         steps=steps,
         trainable=trainable,
         keeps_best=keeps_best,
+        adapted_features=adapted_features,
     )
 
 
@@ -110,8 +119,8 @@ def memory_needed(
 ) -> int:
     """Expected peak bytes of the process (CPU) or card (CUDA).
 
-    Weights, gradients and Adam's two moments; per token what each layer keeps for its backward; logits of the answer
-    tokens with their float32 copy, probabilities and gradient.
+    Weights, gradients and Adam's two moments; per token what each layer keeps for its backward, and each adapter in
+    float32; logits of the answer tokens with their float32 copy, probabilities and gradient.
     """
     width = _WIDTH[precision]
     base_width = {"qlora": 0.55, "lora": width, "full": 4}[method]
@@ -123,7 +132,8 @@ def memory_needed(
         per_layer += shape.heads * min(work.longest, tokens) * (2 * width + 4)
     logits = shape.vocabulary * (2 * width + 12)
     answer_share = work.answer_tokens / work.tokens
-    return int(_PROCESS_BYTES + weights + tokens * (shape.layers * per_layer + answer_share * logits))
+    adapters = 4 * work.adapted_features
+    return int(_PROCESS_BYTES + weights + tokens * (shape.layers * per_layer + adapters + answer_share * logits))
 
 
 def disk_needed(shape: Shape, work: Workload, method: str) -> int:

@@ -127,8 +127,14 @@ def prepare(request: TrainRequest) -> Job:
     judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
     shape, trainable = _measure(config, request)
-    keeps_best = request.early_stopping > 0
-    work = budget.workload(rows, judged, steps=steps, trainable=trainable, keeps_best=keeps_best)
+    work = budget.workload(
+        rows,
+        judged,
+        steps=steps,
+        trainable=trainable,
+        keeps_best=request.early_stopping > 0,
+        adapted_features=trainable // request.lora_r if request.uses_adapter else 0,
+    )
     machine = hardware.inspect_machine()
     placement = _earlier_placement(request, key, machine) or route(request, machine, shape, work)
     request = replace(request, device=placement.device, precision=placement.precision, attention=placement.attention)

@@ -62,7 +62,7 @@ class TrainRequest:
     qlora: bool = _setting(False, _("LoRA sobre la base en 4 bits (CUDA y bitsandbytes)."))
     epochs: float = _setting(3.0, _("Pasadas por los datos."), "--num-train-epochs", above=0)
     max_steps: int = _setting(0, _("Pasos como mucho; 0: los que den las pasadas."), low=0)
-    batch_size: int = _setting(8, _("Ejemplos por lote."), "--per-device-train-batch-size", low=1)
+    batch_size: int = _setting(4, _("Ejemplos por lote."), "--per-device-train-batch-size", low=1)
     gradient_accumulation: int = _setting(
         1, _("Lotes que se suman en cada paso del optimizador."), "--gradient-accumulation-steps", low=1
     )
@@ -75,7 +75,7 @@ class TrainRequest:
     schedule: str = _setting(
         "cosine", _("Curso de la tasa de aprendizaje."), "--lr-scheduler-type", choices=("cosine", "linear", "constant")
     )
-    warmup_steps: float = _setting(0.03, _("Pasos de calentamiento; por debajo de 1, parte del total."), low=0)
+    warmup_steps: float = _setting(0.0, _("Pasos de calentamiento; por debajo de 1, parte del total."), low=0)
     weight_decay: float = _setting(0.0, _("Decaimiento de los pesos (AdamW)."), low=0)
     max_grad_norm: float = _setting(1.0, _("Norma a la que se recorta el gradiente; 0: sin recorte."), low=0)
     seed: int = _setting(0, _("Semilla."), low=0, high=2**32 - 1)
@@ -89,7 +89,7 @@ class TrainRequest:
         0.0, _("Parte de la entrada del adaptador que se apaga al entrenar."), low=0, high=0.99
     )
     lora_targets: tuple[str, ...] = _setting(
-        ("auto",), _("Capas del adaptador, separadas por comas; también auto y all-linear.")
+        ("all-linear",), _("Capas del adaptador, separadas por comas; all-linear: todas las lineales.")
     )
     precision: str = _setting("auto", _("Precisión de los cálculos."), choices=("auto", "bf16", "fp16", "fp32"))
     device: str = _setting("auto", _("Dispositivo."), choices=("auto", "cpu", "cuda", "mps"))

@@ -15,7 +15,7 @@ import torch
 from sheily_train import durable, paths
 from sheily_train.core.branches import catalog
 from sheily_train.core.training import bases, checkpoint, data, hardware, results, specialist
-from sheily_train.core.training.adapters import create_lora_model, quantization
+from sheily_train.core.training.adapters import create_lora_model, leave_types_to_autocast, quantization
 from sheily_train.core.training.clock import Clock
 from sheily_train.core.training.engine import Engine
 from sheily_train.core.training.evaluation import HeldOut, ask_specialist, evaluate_rows, open_specialist
@@ -152,7 +152,11 @@ class _Training:
             attention=placement.attention,
             quantization=quantization(placement.method, placement.precision),
         )
-        return create_lora_model(model, request) if request.uses_adapter else model
+        if not request.uses_adapter:
+            return model
+        adapted = create_lora_model(model, request)
+        leave_types_to_autocast(adapted)
+        return adapted
 
     def _start_clock(self, saved: checkpoint.Checkpoint | None) -> Clock:
         return Clock(

@@ -43,8 +43,8 @@ class Placement:
         return _DTYPES[self.precision] if self.method != "full" else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Low-precision arithmetic over float32 weights, for full fine-tuning."""
-        if self.method != "full" or self.precision == "fp32":
+        """Low-precision arithmetic over the float32 weights that are trained; nothing for a finished model."""
+        if self.method == "inference" or self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device, dtype=_DTYPES[self.precision])
 
