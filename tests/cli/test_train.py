@@ -39,7 +39,7 @@ def test_training_tells_the_plan_the_losses_and_where_everything_lies(run: Run, 
     lines = out.splitlines()
     assert lines[0].startswith("Rama physics: 12 ejemplos (instruction/input/output), 4 reservados; base ")
     assert lines[1].startswith("Dónde: CPU con ")
-    for word in ("Trabajo: 6 pasos", "Parámetros: ", "Memoria: unos ", "Disco: unos ", "Paso 0: pérdida reservada "):
+    for word in ("Trabajo: 9 pasos", "Parámetros: ", "Memoria: unos ", "Disco: unos ", "Paso 0: pérdida reservada "):
         assert any(line.startswith(word) for line in lines), word
     assert lines[-4].startswith("Pérdida reservada: ")
     assert "(-" in lines[-4]
@@ -68,7 +68,7 @@ def test_a_dry_run_tells_and_writes_nothing(run: Run, home: Path) -> None:
     assert not (home / "var").exists()
     [first, _second] = json.loads(run("train", "--all", "--dry-run", "--json")[1])
     assert first["memory_bytes"] > 0
-    assert first["steps"] == 6
+    assert first["steps"] == 9
 
 
 def test_the_ecosystems_flag_names_are_taken(run: Run) -> None:
@@ -194,7 +194,7 @@ def test_a_terminal_sees_a_live_bar(home: Path, tiny_llama: Path) -> None:
     text = seen.decode()
     assert "tokens/s" in text
     assert "pérdida " in text
-    assert "/80" in text
+    assert "/120" in text
     assert "Pérdida reservada: " in text
 
 

@@ -89,6 +89,8 @@ def test_the_workload_counts_what_the_rows_hold() -> None:
         ({}, {"work": replace(WORK, longest=4000)}),
         ({}, {"work": replace(WORK, answer_tokens=6000)}),
         ({"method": "lora", "work": replace(WORK, trainable=1000)}, {"method": "lora"}),
+        ({}, {"work": replace(WORK, keeps_best=True)}),
+        ({}, {"work": replace(WORK, adapted_features=57_600)}),
     ],
 )
 def test_memory_grows_with_what_is_asked(less: dict[str, Any], more: dict[str, Any]) -> None:

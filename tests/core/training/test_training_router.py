@@ -130,8 +130,8 @@ def test_the_cards_memory_counts_on_a_card() -> None:
 @pytest.mark.parametrize(
     ("method", "precision", "weights", "lowered"),
     [
-        ("lora", "bf16", torch.bfloat16, False),
-        ("qlora", "fp16", torch.float16, False),
+        ("lora", "bf16", torch.bfloat16, True),
+        ("qlora", "fp16", torch.float16, True),
         ("lora", "fp32", torch.float32, False),
         ("full", "bf16", torch.float32, True),
         ("full", "fp32", torch.float32, False),
@@ -139,7 +139,7 @@ def test_the_cards_memory_counts_on_a_card() -> None:
     ],
 )
 def test_trained_weights_stay_float32(method: str, precision: str, weights: torch.dtype, lowered: bool) -> None:
-    """A frozen base is loaded in low precision; one that is trained is computed in it by autocast."""
+    """A frozen base is loaded in low precision; weights that are trained are computed in it by autocast."""
     placement = Placement("cpu", "cpu", precision, method, "sdpa", 1024, "")
     assert placement.base_dtype == weights
     with placement.autocast() as context:
