@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sheily_train import durable
 
 _TENSORS, _STATE, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
-_UNFINISHED = "unfinished"
+UNFINISHED = "unfinished"
 _KEPT = 2
 
 
@@ -39,7 +39,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    temporary = folder / _UNFINISHED
+    temporary = folder / UNFINISHED
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()

@@ -15,7 +15,22 @@ from sheily_train.runlog import Record
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class PlainView:
+class SilentView:
+    """Shows nothing."""
+
+    def __call__(self, record: Record) -> None:
+        """Pass the record over."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class PlainView(SilentView):
     """Prints each record's lines as they come; rates at most every ten seconds of training."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -35,14 +50,6 @@ class PlainView:
             return False
         self._told = seconds
         return True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 class LiveView:
@@ -91,22 +98,7 @@ class LiveView:
         self._progress.stop()
 
 
-class SilentView:
-    """Shows nothing."""
-
-    def __call__(self, record: Record) -> None:
-        """Pass the record over."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
-def view_for(stream: TextIO, *, quiet: bool) -> PlainView | LiveView | SilentView:
+def view_for(stream: TextIO, *, quiet: bool) -> LiveView | SilentView:
     """The view that suits the stream: live on a terminal, plain lines elsewhere, nothing when quiet."""
     if quiet:
         return SilentView()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from sheily_train import paths, runlog
+from sheily_train.core.training import checkpoint
 
 COMMAND = (sys.executable, "-m", "sheily_train", "train", "--branch", "physics", "--lora")
 SETTINGS = (
@@ -46,6 +48,13 @@ def start(home: Path, model: Path, *more: str, **options: object) -> subprocess.
 
 def work(home: Path) -> Path:
     return paths.work_dir(home / "var" / "central_models" / "physics")
+
+
+def being_written(home: Path) -> list[int]:
+    """Which checkpoint is half-written, by the time of its folder; a kill leaves the folder until the next one."""
+    with contextlib.suppress(FileNotFoundError):
+        return [path.stat().st_ctime_ns for path in work(home).glob(f"*/checkpoints/{checkpoint.UNFINISHED}")]
+    return []
 
 
 def steps_logged(home: Path) -> int:
@@ -97,7 +106,8 @@ def test_ten_kills_change_no_bit(homes: tuple[Path, Path], tiny_llama: Path) -> 
     while killed < 10:
         process = start(disturbed, tiny_llama)
         if killed % 2:
-            wait_until(process, lambda: any(work(disturbed).glob("*/checkpoints/tmp-*")))
+            left = being_written(disturbed)
+            wait_until(process, lambda left=left: being_written(disturbed) not in ([], left))  # type: ignore[misc]
             in_checkpoint += process.poll() is None
         else:
             before = steps_logged(disturbed)
@@ -174,7 +184,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(homes: tuple[Path, P
     assert "El disco está lleno" in error
     assert error.count("\n") == 1
     assert sorted(work(home).glob("*/checkpoints/step-*")) == saved
-    assert not list(work(home).glob("*/checkpoints/tmp-*"))
+    assert not being_written(home)
 
     finish(start(home, tiny_llama, "--epochs", "20"))
     assert outcome(home) == outcome(quiet)
