@@ -56,10 +56,8 @@ def _show_both(question: str, before: str, after: str) -> None:
 
 def _show_summary(folder: Path) -> None:
     from sheily_train import durable
-    from sheily_train.cli.summary import loss_change
+    from sheily_train.cli.summary import print_result
 
     metrics = durable.read_json(folder / paths.TRAINING_METRICS) or {}
     config = durable.read_json(folder / paths.TRAINING_CONFIG) or {}
-    click.echo(_("Pérdida reservada: {change}").format(change=loss_change(metrics)))
-    click.echo(_("Modelo:   {folder}").format(folder=folder))
-    click.echo(_("Registro: {log}").format(log=config["log"]))
+    print_result(metrics, folder, config["log"])

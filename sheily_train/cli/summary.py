@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,12 +23,17 @@ def print_one(result: TrainingResult) -> None:
         click.echo(
             _("{branch} ya estaba entrenada con estos datos y ajustes (--fresh la repite).").format(branch=branch)
         )
-    click.echo(_("Pérdida reservada: {change}").format(change=loss_change(result.metrics)))
-    click.echo(_("Modelo:   {folder}").format(folder=result.folder))
-    click.echo(_("Registro: {log}").format(log=result.log))
+    print_result(result.metrics, result.folder, result.log)
     folder = result.folder.absolute()
     elsewhere = "" if folder.parent == paths.models_dir() else f" --models-dir {_word(result.folder.parent)}"
     click.echo(_('Pregunta: sheily ask {name} "…"{elsewhere}').format(name=_word(folder.name), elsewhere=elsewhere))
+
+
+def print_result(metrics: dict[str, Any], folder: Path, log: Path | str) -> None:
+    """Held-out loss before and after, the model's folder and the run's log."""
+    click.echo(_("Pérdida reservada: {change}").format(change=loss_change(metrics)))
+    click.echo(_("Modelo:   {folder}").format(folder=folder))
+    click.echo(_("Registro: {log}").format(log=log))
 
 
 def _word(text: object) -> str:

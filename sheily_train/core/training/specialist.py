@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +20,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _parse_config(folder: Path) -> dict[str, Any] | None:
-    try:
-        config = json.loads((folder / paths.TRAINING_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) and {"files", "data", "request"} <= config.keys() else None
+    config = durable.read_json(folder / paths.TRAINING_CONFIG)
+    return config if config and {"files", "data", "request"} <= config.keys() else None
 
 
 def require_config(folder: Path, branch: str) -> dict[str, Any]:
