@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sheily_train import durable
+from sheily_train import durable, paths
 from sheily_train.core.training import results
 from sheily_train.core.training.evaluation import open_specialist
 from sheily_train.errors import RequestError
@@ -18,10 +18,16 @@ def merge_specialist(folder: Path, branch: str, output: Path, *, force: bool = F
     The logits equal those of base and adapter up to the rounding of a float32 addition.
 
     Raises:
-        RequestError: no model was trained, or ``output`` exists and ``force`` is off.
+        RequestError: no model was trained; ``output`` exists and ``force`` is off; or it exists and is no whole model,
+            which ``force`` does not replace.
     """
     if output.exists() and not force:
         raise RequestError(_("{output} ya existe.").format(output=output), mend=_("Usa --force o elige otra --output."))
+    if output.exists() and not (output / paths.MODEL_WEIGHTS).is_file():
+        raise RequestError(
+            _("{output} no es una exportación anterior: no se sustituye.").format(output=output),
+            mend=_("Elige otra --output."),
+        )
     loaded = open_specialist(folder, branch, device="cpu", precision="fp32")
     model = loaded.model.merge_and_unload() if loaded.has_adapter else loaded.model
     temporary = output.with_name(f".{output.name}.tmp")

@@ -324,6 +324,12 @@ def test_merging_gives_the_logits_of_base_and_adapter(lora: TrainRequest, tmp_pa
     merged = merge_specialist(folder, "physics", tmp_path / "merged")
     with pytest.raises(RequestError, match="ya existe"):
         merge_specialist(folder, "physics", merged)
+    merge_specialist(folder, "physics", merged, force=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notas.txt").write_text("mías")
+    with pytest.raises(RequestError, match="no es una exportación"):
+        merge_specialist(folder, "physics", tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "notas.txt").is_file()
     ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     base = bases.load_model(lora.model, dtype=torch.float32, device="cpu")
     with torch.no_grad():
