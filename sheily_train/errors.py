@@ -8,6 +8,9 @@
     ├── BusyError            6   another process holds the branch
     ├── TrainingError        7   the run itself went wrong (a loss that is not a number, …)
     ├── MissingExtraError    8   an optional package that is not installed
+    ├── WorkerError          9   a worker's answer that cannot be used: an HTML page, a cut body, another history
+    │   ├── UnreachableError 10  no answer after every retry; nothing is lost, the run waits
+    │   └── RefusedError     11  a request that a worker does not accept: token, samples, order, owner
     └── Interrupted        130   stopped by Ctrl-C or SIGTERM, with everything saved
 
 The number is the exit code of the command line. Anything else that is raised is a defect of the program: it leaves with
@@ -96,6 +99,42 @@ class MissingExtraError(SheilyError):
             _("Falta el paquete «{package}», necesario para {purpose}.").format(package=package, purpose=purpose),
             mend=_("Instálalo con: pip install 'sheily-train[{extra}]'").format(extra=extra),
         )
+
+
+class WorkerError(SheilyError):
+    """A worker's answer that cannot be used."""
+
+    exit_code = 9
+
+
+class UnreachableError(WorkerError):
+    """No answer from the worker after every retry."""
+
+    exit_code = 10
+
+
+class RefusedError(WorkerError):
+    """A request that the worker does not accept; nothing was changed by it.
+
+    Raised on the worker, sent as a 4xx with ``status``, ``error``, ``help`` and ``code``, and raised again by the client.
+
+    Args:
+        message: what was found, and what was expected.
+        mend: what to do about it; ``help`` on the wire.
+        status: the HTTP status.
+        code: one word for programs: ``invalid``, ``auth``, ``gap``, ``conflict``, ``fenced``, ``busy``, …
+        facts: further fields of the answer, as ``{"expected": 7}``.
+    """
+
+    exit_code = 11
+
+    def __init__(
+        self, message: str, *, mend: str = "", status: int = 400, code: str = "invalid", **facts: int | str
+    ) -> None:
+        super().__init__(message, mend=mend)
+        self.status = status
+        self.code = code
+        self.facts = facts
 
 
 class Interrupted(SheilyError):

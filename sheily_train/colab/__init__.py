@@ -1,0 +1,1 @@
+"""OMEGA 21 on a borrowed GPU: the worker there, the client here, and the protocol between them."""
