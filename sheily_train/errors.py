@@ -116,7 +116,7 @@ class UnreachableError(WorkerError):
 class RefusedError(WorkerError):
     """A request that the worker does not accept; nothing was changed by it.
 
-    Raised on the worker, sent as a 4xx with ``status``, ``error``, ``help`` and ``code``, and raised again by the client.
+    Raised on the worker, sent as a 4xx with ``status``, ``error``, ``help`` and ``code``, raised again by the client.
 
     Args:
         message: what was found, and what was expected.

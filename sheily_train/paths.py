@@ -55,6 +55,11 @@ def logs_dir() -> Path:
     return project_root() / "var" / "central_logs"
 
 
+def omega_dir() -> Path:
+    """The folder of OMEGA 21: one folder per run on the desk (journal, snapshots), ``worker`` for a worker's own."""
+    return project_root() / "var" / "omega"
+
+
 def cache_dir() -> Path:
     """The folder for what can be fetched again: ``SHEILY_CACHE``, else ``sheily-train`` in the user's cache folder."""
     if cache := _from_environment("SHEILY_CACHE"):
