@@ -1,6 +1,6 @@
 """What the client sends and the worker learns from, and its two forms on the wire: JSON and safetensors.
 
-JSON is what OMEGA 21 v4.0 clients speak. The binary form is five times smaller: a safetensors file with the tensors
+JSON is what OMEGA 21 v4.0 clients speak. The binary form is two to five times smaller: a safetensors file with the tensors
 ``input_data`` (float32 [N, 1600]), ``anomaly_label`` (int8 [N], −1 where there is no label; may be absent) and
 ``epochs`` (int32 [1]; may be absent), or ``ajustes_aplicados`` (float32 [16]) and ``validacion`` (uint8 [1]).
 
@@ -223,23 +223,17 @@ def _numbers(values: Any, name: str) -> NDArray[np.float32]:
 
 
 def _labels(labels: Any, count: int) -> NDArray[np.int8]:
-    if labels is None:
-        return np.full(count, NO_LABEL, np.int8)
-    if len(labels) != count:
-        raise RefusedError(_("Hay {found} etiquetas para {count} muestras.").format(found=len(labels), count=count))
-    if isinstance(labels, list):
-        labels = [NO_LABEL if label is None else label for label in labels]
-        wrong = [index for index, label in enumerate(labels) if type(label) not in (int, float, np.int8, np.int64)]
-    else:
-        wrong = [0] if np.asarray(labels).dtype.kind not in "fiu" else []
-    wrong = wrong or [int(index) for index in np.flatnonzero(~np.isin(np.asarray(labels, float), (0, 1, NO_LABEL)))]
-    if wrong:
-        raise RefusedError(
-            _("Muestra {index}: «anomaly_label» es {found!r}; se esperaba 0 o 1.").format(
-                index=wrong[0], found=labels[wrong[0]]
+    values = [None] * count if labels is None else labels if isinstance(labels, list) else np.asarray(labels).tolist()
+    if not isinstance(values, list) or len(values) != count:
+        raise RefusedError(_("Se esperaba una etiqueta por muestra: {count} en total.").format(count=count))
+    for index, value in enumerate(values):
+        if value is not None and (isinstance(value, bool) or value not in (0, 1, NO_LABEL)):
+            raise RefusedError(
+                _("Muestra {index}: «anomaly_label» es {found}; se esperaba 0 o 1.").format(
+                    index=index, found=str(value)[:40]
+                )
             )
-        )
-    return np.asarray(labels).astype(np.int8)
+    return np.array([NO_LABEL if value is None else value for value in values], np.int8)
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

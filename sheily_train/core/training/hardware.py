@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from sheily_train import __version__
+from sheily_train.core.processor import cpu_has_fast_bf16
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -45,15 +46,6 @@ def inspect_machine() -> Machine:
         threads=torch.get_num_threads(),
         memory_free=free_memory(),
     )
-
-
-def cpu_has_fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware: AMX or AVX512-BF16, and oneDNN is allowed to."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if not any(word in limit for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
-        return False
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def free_memory() -> int:
