@@ -25,8 +25,10 @@ from sheily_train.errors import RequestError, TrainingError, WorkerError
 from sheily_train.i18n import _
 
 TRUNK_RATE = 5e-4
-RATES = {"anomaly.": 5e-3, "coherence.": 1e-3, "layer3.mean.": 1e-3, "dendrites.": 3e-3}
+RATES = {"anomaly.": 5e-3, "coherence.": 1e-3, "layer3.mean.": 1e-3}
 """Learning rates of the parts that learn faster than the trunk."""
+DENDRITES_PART = "dendrites."
+DENDRITE_RATE = 0.05
 DENDRITE_STEPS = 8
 GRADIENT_LIMIT = 1.0
 FEEDBACK_KEPT = 32
@@ -114,9 +116,11 @@ class Learner:
         self._halves = self.device.type == "cpu" and cpu_has_fast_bf16()
         named = list(self.model.named_parameters())
         parts = {part: [weight for name, weight in named if name.startswith(part)] for part in RATES}
-        parts["trunk"] = [weight for name, weight in named if not name.startswith(tuple(RATES))]
-        self._dendrites = _adam({"dendrites.": parts.pop("dendrites.")})
-        self._trunk = _adam(parts)
+        others = (*RATES, DENDRITES_PART)
+        parts["trunk"] = [weight for name, weight in named if not name.startswith(others)]
+        self._optimizer = _adam(parts)
+        # Plain descent follows layer 4 itself; Adam's even steps would carry over to vectors unlike it.
+        self._dendrites = torch.optim.SGD(self.model.dendrites.parameters(), lr=DENDRITE_RATE)
         self._refresh()
 
     @property
@@ -216,11 +220,11 @@ class Learner:
         self._refresh()
 
     def _descend(self, loss: Tensor) -> None:
-        self._trunk.zero_grad()
+        self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        learned = [parameter for group in self._trunk.param_groups for parameter in group["params"]]
+        learned = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         nn.utils.clip_grad_norm_(learned, GRADIENT_LIMIT)
-        self._trunk.step()
+        self._optimizer.step()
         self._refresh()
 
     @torch.no_grad()
@@ -243,9 +247,8 @@ class Learner:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        for optimizer in (self._trunk, self._dendrites):
-            for parameter, moments in optimizer.state.items():
-                tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in moments.items()}
+        for parameter, moments in self._optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in moments.items()}
         return tensors
 
     def _refresh(self) -> None:
