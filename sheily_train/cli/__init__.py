@@ -12,11 +12,13 @@ import click
 from sheily_train import __version__
 from sheily_train.cli.ask import ask
 from sheily_train.cli.branches import branches
+from sheily_train.cli.doctor import doctor
 from sheily_train.cli.evaluate import evaluate
 from sheily_train.cli.export import export
 from sheily_train.cli.models import models
 from sheily_train.cli.spanish import name_placeholders, teach_click_spanish
 from sheily_train.cli.train import train
+from sheily_train.cli.worker import worker
 from sheily_train.errors import INTERNAL_ERROR, SheilyError, internal_error_text
 from sheily_train.i18n import _
 
@@ -29,7 +31,7 @@ def sheily() -> None:
     """Hold the commands."""
 
 
-for command in (train, branches, models, evaluate, ask, export):
+for command in (train, branches, models, evaluate, ask, export, worker, doctor):
     sheily.add_command(command)
 name_placeholders(sheily)
 
