@@ -1,0 +1,347 @@
+"""How the events of a journal reach a worker: each applied once, in order, several on their way at a time.
+
+The journal says what the run is; the worker says how far it is. :meth:`Delivery.run` attaches to the worker, and sends
+whatever that worker lacks, from the journal, before anything new. An answer that the journal has already must come back
+byte for byte. So after a kill, on either side, at any moment, the same call simply goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from sheily_train.colab.answers import PATHS, event_record
+from sheily_train.colab.batches import BINARY_FORM
+from sheily_train.colab.journal import Entry, Journal
+from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, RUN_HEADER, Claim, Kind
+from sheily_train.colab.pulled import PulledState, PulledStates, another_history
+from sheily_train.colab.verdicts import Hiccup, OutOfStep, foreign
+from sheily_train.colab.wire import ClientSettings, Record, Wire
+from sheily_train.errors import RefusedError, WorkerError
+from sheily_train.i18n import _
+
+Draft = tuple[Kind, str, bytes]
+"""An event before it has a number: its kind, form and body."""
+Supply = Callable[[int], list[Draft]]
+"""Gives up to so many next events; none when there are no more. It is called in a thread of its own."""
+
+_WITHDRAWN = {"invalid", "too_large", "form", "encoding"}
+
+
+class NoRuns(WorkerError):
+    """The worker has no ``POST /run``: a plain v4.0."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """An event on its way."""
+
+    entry: Entry
+    task: asyncio.Task[bytes]
+    since: float
+    queue: int
+
+
+class Delivery:
+    """The delivery of one run's events to one worker. One call of :meth:`run` at a time."""
+
+    def __init__(
+        self, wire: Wire, journal: Journal, states: PulledStates, settings: ClientSettings, record: Record
+    ) -> None:
+        self._wire, self._journal, self._states = wire, journal, states
+        self._settings, self._record = settings, record
+        self.worker: dict[str, Any] | None = None
+        self._settled = 0
+        self._ready: dict[int, Entry] = {}
+        self._tries: Counter[int] = Counter()
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._supply: Supply = _nothing
+        self._moves = self._resyncs = self._ghosts = 0
+
+    async def run(self, supply: Supply | None = None) -> list[dict[str, Any]]:
+        """Deliver what waits in the journal, then what ``supply`` gives; returns the answers to the latter.
+
+        Raises :class:`UnreachableError`, :class:`WorkerError`, :class:`RefusedError`, and :class:`NoRuns` for a worker
+        that knows no runs.
+        """
+        self._supply, self._answers = supply or _nothing, {}
+        first = self._journal.last_seq + 1
+        try:
+            while not await self._wire.retried(self._pass):
+                pass
+        except RefusedError as refusal:
+            await self._take_back(refusal)
+            raise
+        return [self._answers[seq] for seq in sorted(self._answers) if seq >= first]
+
+    def detach(self) -> None:
+        """Ask the worker where it is before anything else."""
+        self.worker = None
+
+    # Attaching
+
+    async def attach(self) -> int:
+        """Become the run's owner at the worker, and find out what it lacks; returns the last event that it has."""
+        self._ghosts += 1  # until it is answered, this request may still be applied later, under another number
+        try:
+            request = {"run": self._journal.run, "seed": self._journal.seed, "owner": self._journal.owner}
+            worker = (await self._wire.ask("POST", "/run", content=orjson.dumps(request))).content
+        except RefusedError as refusal:
+            self._ghosts -= 1
+            if refusal.status in (404, 405):
+                raise NoRuns(
+                    _("Este trabajador es un OMEGA 21 v4.0 sin POST /run y no puede seguir «{run}».").format(
+                        run=self._journal.run
+                    ),
+                    mend=_("Usa un trabajador de sheily-train, o empieza otro entrenamiento con --run."),
+                ) from refusal
+            raise
+        self._ghosts -= 1
+        await asyncio.to_thread(self._note_owner, worker)
+        self._check_history(worker["last_seq"], worker["chain"])
+        reached: int = worker["last_seq"]
+        if state := await asyncio.to_thread(self._state_to_push, reached):
+            reached = await self._push(state, worker["owner"])
+        self._settled = min(reached, self._journal.answered_seq)
+        if self._settled < self._journal.pruned_seq:
+            raise self._nothing_to_replay()
+        if self._settled < self._journal.last_seq:
+            self._record("resync", from_seq=self._settled + 1, to_seq=self._journal.last_seq)
+        self.worker = worker
+        return reached
+
+    def _note_owner(self, worker: dict[str, Any]) -> None:
+        journal, fingerprint = self._journal, worker["fingerprint"]
+        if journal.answered_seq and journal.fingerprint not in (None, fingerprint):
+            raise WorkerError(
+                _("Este trabajador es de otra clase de máquina: {differences}.").format(
+                    differences=_differences(journal.fingerprint or {}, fingerprint)
+                ),
+                mend=_(
+                    "«{run}» no puede seguir en ella bit a bit: usa una máquina como la anterior, o empieza otro "
+                    "entrenamiento con --run."
+                ).format(run=journal.run),
+            )
+        with journal.group():
+            journal.owner = worker["owner"]
+            journal.fingerprint = fingerprint
+
+    def _check_history(self, seq: int, chain: str) -> None:
+        """Know that the worker's events are this journal's first ones."""
+        if seq > self._journal.last_seq:
+            raise WorkerError(
+                _("El trabajador ya aplicó {theirs} eventos de «{run}» y este diario solo tiene {ours}.").format(
+                    theirs=seq, run=self._journal.run, ours=self._journal.last_seq
+                ),
+                mend=_("Sigue desde donde está el diario completo, o empieza otro entrenamiento con --run."),
+            )
+        if chain != self._journal.chain(seq):
+            raise another_history(seq)
+
+    def _state_to_push(self, reached: int) -> PulledState | None:
+        """The state to give to a worker that is at ``reached``: when bodies are gone, or are more than the state."""
+        state = self._states.newest(self._journal.last_seq)
+        if state is None or state.seq <= reached:
+            return None
+        must = self._journal.pruned_seq > min(reached, self._journal.answered_seq)
+        return state if must or self._journal.body_bytes(reached, state.seq) > state.size else None
+
+    async def _push(self, state: PulledState, owner: int) -> int:
+        headers = {
+            RUN_HEADER: self._journal.run,
+            OWNER_HEADER: str(owner),
+            DIGEST_HEADER: state.sha256,
+            "Content-Length": str(state.size),
+        }
+        answer = await self._wire.ask(
+            "PUT",
+            "/state",
+            content=state.pieces(),
+            form=BINARY_FORM,
+            headers=headers,
+            timeout=self._settings.transfer_timeout,
+        )
+        self._check_history(answer.content["last_seq"], answer.content["chain"])
+        return int(answer.content["last_seq"])
+
+    def _nothing_to_replay(self) -> WorkerError:
+        return WorkerError(
+            _("Al trabajador le faltan eventos hasta el {last}, y ni el diario ni las copias los tienen.").format(
+                last=self._journal.pruned_seq
+            ),
+            mend=_("Usa el trabajador que los tiene, o recupera la carpeta {folder}.").format(
+                folder=self._journal.folder
+            ),
+        )
+
+    # Sending
+
+    async def _pass(self) -> bool:
+        """Go as far as it goes: whether all is done, or only a part before a hiccup. No step at all is a hiccup."""
+        before = self._moves
+        try:
+            if self.worker is None:
+                await self.attach()
+            await self._pump()
+            return True
+        except OutOfStep as step:
+            hiccup = self._out_of_step(step)
+        except RefusedError as refusal:
+            if refusal.code != "fenced" or not self._ghosts:
+                raise
+            self._ghosts -= 1
+            hiccup = self._out_of_step(OutOfStep("ghost", refusal.message))
+        except Hiccup as found:
+            hiccup = found
+        if self._moves == before and hiccup.reason != "detached":  # a worker that asks to be attached to is there
+            raise hiccup
+        await self._wire.note(hiccup, 1, 0.0)
+        return False
+
+    async def _pump(self) -> None:
+        """Keep the wire busy until nothing is left to send."""
+        flight: deque[_Sent] = deque()
+        assert self.worker is not None  # noqa: S101
+        depth = max(1, min(self._settings.depth, self.worker["queue"]))
+        try:
+            cursor = self._settled
+            while True:
+                while len(flight) < depth and not (flight and flight[0].task.done()):
+                    entry = await self._next(cursor + 1, depth)
+                    if entry is None:
+                        break
+                    cursor = entry.event.seq
+                    task = asyncio.create_task(self._send(entry))
+                    flight.append(_Sent(entry, task, time.monotonic(), len(flight)))
+                if not flight:
+                    return
+                await flight[0].task
+                arrived = [flight.popleft()]
+                while flight and flight[0].task.done() and not flight[0].task.exception():
+                    arrived.append(flight.popleft())
+                await self._settle(arrived)
+        finally:
+            for sent in flight:
+                sent.task.cancel()
+            await asyncio.gather(*(sent.task for sent in flight), return_exceptions=True)
+
+    async def _next(self, seq: int, count: int) -> Entry | None:
+        """The event to send next: from the journal or, at its end, from the supply, by way of the journal."""
+        if seq not in self._ready:
+            self._ready.update(await asyncio.to_thread(self._read_or_write, seq, count))
+        return self._ready.get(seq)
+
+    def _read_or_write(self, seq: int, count: int) -> dict[int, Entry]:
+        if seq <= self._journal.last_seq:
+            return {seq: self._journal.entry(seq)}
+        drafts = self._supply(count)
+        with self._journal.group():
+            entries = [self._journal.append(*draft) for draft in drafts]
+        return {entry.event.seq: entry for entry in entries}
+
+    async def _send(self, entry: Entry) -> bytes:
+        assert self.worker is not None  # noqa: S101
+        event, path = entry.event, PATHS[entry.event.kind]
+        self._tries[event.seq] += 1
+        claim = Claim(
+            self._journal.run, event.seq, self.worker["owner"], event.time, entry.digest, entry.chain
+        ).headers()
+        answer = await self._wire.ask("POST", path, content=event.body, form=event.form, headers=claim)
+        if answer.content["timestamp"] != event.time:
+            raise foreign(
+                _(
+                    "La respuesta al evento {seq} tiene forma de un OMEGA 21 v4.0, pero no es de ese evento: "
+                    "contestó otro trabajador."
+                ).format(seq=event.seq)
+            )
+        return answer.body
+
+    async def _settle(self, arrived: list[_Sent]) -> None:
+        """Write the answers down, then tell of them, in order."""
+        bodies = [(sent.entry, sent.task.result()) for sent in arrived]
+        await asyncio.to_thread(self._write_answers, bodies)
+        for sent, (entry, body) in zip(arrived, bodies, strict=True):
+            seq = entry.event.seq
+            self._settled = seq
+            self._moves += 1
+            self._ready.pop(seq, None)
+            attempts = self._tries.pop(seq)
+            if entry.answer is not None:
+                continue
+            self._resyncs = 0
+            self._answers[seq] = content = orjson.loads(body)
+            name, fields = event_record(seq, entry.event.kind, content)
+            self._record(name, **fields)
+            seconds = round(time.monotonic() - sent.since, 6)
+            size = len(entry.event.body)
+            self._record("wire", seq=seq, seconds=seconds, attempts=attempts, bytes=size, queue=sent.queue)
+        self._states.pull_when_due(self._settled)
+
+    def _write_answers(self, bodies: list[tuple[Entry, bytes]]) -> None:
+        with self._journal.group():
+            for entry, body in bodies:
+                if entry.answer is None:
+                    self._journal.answered(entry.event.seq, body)
+                elif entry.answer != body:
+                    raise another_history(entry.event.seq)
+
+    def _out_of_step(self, step: OutOfStep) -> Hiccup:
+        """What follows when the worker is elsewhere: only an event that came too early needs no new attachment."""
+        if step.code != "gap" or step.expected != self._settled + 1:
+            self.worker = None
+            self._resyncs += 1
+        if self._resyncs > self._settings.resyncs:
+            raise WorkerError(
+                _("El trabajador pierde su estado una y otra vez en el evento {seq}: {reason}").format(
+                    seq=self._journal.answered_seq + 1, reason=step.message
+                ),
+                mend=_(
+                    "Mira el registro del trabajador. Si la culpa es de ese lote, descartar_pendientes() quita del "
+                    "diario lo que espera."
+                ),
+            )
+        return Hiccup(step.code, step.message)
+
+    async def _take_back(self, refusal: RefusedError) -> None:
+        """Remove from the journal what the worker will never accept, once it is sure that it was not applied."""
+        self._ready.clear()
+        seq = self._settled + 1
+        if refusal.code not in _WITHDRAWN or self.worker is None or seq != self._journal.answered_seq + 1:
+            return
+        with contextlib.suppress(WorkerError):  # it stays, and is taken back next time
+            if await self._wire.retried(self._attach_again) < seq <= self._journal.last_seq:
+                await asyncio.to_thread(self._journal.withdraw, seq)
+
+    async def discard(self) -> int:
+        """Remove from the journal the events that have no answer and that the worker has not applied; how many."""
+        self._ready.clear()
+        reached = await self._wire.retried(self._attach_again)
+        return await asyncio.to_thread(self._withdraw, max(reached, self._journal.answered_seq) + 1)
+
+    async def _attach_again(self) -> int:
+        try:
+            return await self.attach()
+        except OutOfStep as step:
+            raise Hiccup(step.code, step.message) from step
+
+    def _withdraw(self, seq: int) -> int:
+        count = self._journal.last_seq - seq + 1
+        if count:
+            self._journal.withdraw(seq)
+        return count
+
+
+def _nothing(_count: int) -> list[Draft]:
+    return []
+
+
+def _differences(ours: dict[str, str], theirs: dict[str, str]) -> str:
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    return ", ".join(f"{name} {ours.get(name)} → {theirs.get(name)}" for name in names)

@@ -1,0 +1,166 @@
+"""The worker's states that the client fetched: what a brand-new worker is given, so that not all must be replayed.
+
+A state is one safetensors file that only workers read. Here it lies as ``<event>-<sha256>.safetensors``: written under
+a temporary name, checked against the sha256 that the worker said and against the journal's chain, fsynced, renamed, the
+folder fsynced. Two are kept, and the journal's bodies from the older one on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from sheily_train import durable
+from sheily_train.colab.journal import Journal
+from sheily_train.colab.protocol import DIGEST_HEADER, RUN_HEADER, SEQ_HEADER
+from sheily_train.colab.verdicts import Hiccup
+from sheily_train.colab.wire import PIECE, Record, Wire
+from sheily_train.errors import SheilyError, WorkerError
+from sheily_train.i18n import _
+
+STATES_FOLDER = "snapshots"
+
+_NAME = re.compile(r"(\d{12})-([0-9a-f]{64})\.safetensors")
+_PART = ".part"
+_HEADER_LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PulledState:
+    """A run's state after event ``seq``."""
+
+    seq: int
+    sha256: str
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.path.stat().st_size
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Its content."""
+        with self.path.open("rb") as file:
+            while piece := await asyncio.to_thread(file.read, PIECE):
+                yield piece
+
+    def is_whole(self) -> bool:
+        """Whether the file is what it was."""
+        return durable.sha256_file(self.path) == self.sha256
+
+
+class PulledStates:
+    """The states of one run, in the folder ``snapshots`` beside its journal.
+
+    Args:
+        every: events after which one is fetched.
+        record: is told of each one, and of each that could not be fetched.
+    """
+
+    def __init__(self, wire: Wire, journal: Journal, every: int, record: Record) -> None:
+        self._wire, self._journal, self._every, self._record = wire, journal, every, record
+        self._folder = journal.folder / STATES_FOLDER
+        self._due = max([0, *(state.seq for state in self.all())]) + every
+        self._task: asyncio.Task[None] | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    def all(self) -> list[PulledState]:
+        """Those that are there, oldest first; not checked."""
+        names = [(path, _NAME.fullmatch(path.name)) for path in sorted(self._folder.glob("*.safetensors"))]
+        return [PulledState(int(found[1]), found[2], path) for path, found in names if found]
+
+    def newest(self, last: int) -> PulledState | None:
+        """The newest whole one of an event up to ``last``."""
+        return next((state for state in reversed(self.all()) if state.seq <= last and state.is_whole()), None)
+
+    def pull_when_due(self, seq: int) -> None:
+        """Fetch a state, beside the training, when enough events have passed."""
+        if seq >= self._due and (self._task is None or self._task.done()):
+            self._due = seq + self._every
+            self._task = asyncio.create_task(self._pull_quietly())
+
+    async def finish(self, *, cancel: bool = False) -> None:
+        """Wait for the state that is being fetched beside the training, or give it up."""
+        if self._task is not None:
+            if cancel:
+                self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def pull(self) -> PulledState:
+        """Fetch the run's state as it is now, check it, keep it, and drop the bodies that no kept state needs."""
+        begun = time.monotonic()
+        async with self._one_at_a_time:
+            part = self._folder / _PART
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                seq, sha256 = await self._wire.retried(lambda: self._fetch(part))
+                kept = await asyncio.to_thread(self._keep, PulledState(seq, sha256, part))
+            finally:
+                part.unlink(missing_ok=True)
+        seconds = round(time.monotonic() - begun, 3)
+        self._record("snapshot", seq=kept.seq, bytes=kept.size, seconds=seconds)
+        return kept
+
+    async def _pull_quietly(self) -> None:
+        """A state that cannot be fetched now is fetched later: the journal has all that it would replace."""
+        try:
+            await self.pull()
+        except (SheilyError, OSError) as error:
+            self._record("snapshot_failed", reason=" ".join(str(error).split()))
+
+    async def _fetch(self, part: Path) -> tuple[int, str]:
+        headers, sha256 = await self._wire.download("/state", part, {RUN_HEADER: self._journal.run})
+        if sha256 != headers.get(DIGEST_HEADER):
+            raise Hiccup("damaged", _("El estado llegó dañado: su sha256 no es el anunciado."))
+        return int(headers.get(SEQ_HEADER, "0")), sha256
+
+    def _keep(self, state: PulledState) -> PulledState:
+        """Make a state of this journal's history durable, and drop all but it and the newest of another event."""
+        chain = _chain_in(state, self._journal.run)
+        if state.seq > self._journal.last_seq or chain != self._journal.chain(state.seq):
+            raise another_history(state.seq)
+        durable.sync_file(state.path)
+        final = self._folder / f"{state.seq:012d}-{state.sha256}.safetensors"
+        state.path.replace(final)
+        durable.sync_folder(self._folder)
+        others = [other for other in self.all() if other.path != final]
+        like = [other for other in others if other.seq == state.seq]  # with another owner's number in it
+        older = [other for other in others if other.seq != state.seq][:-1]
+        for other in (*like, *older):
+            other.path.unlink(missing_ok=True)
+        if len(states := self.all()) > 1:
+            self._journal.prune(min(states[0].seq, self._journal.answered_seq))
+        return PulledState(state.seq, state.sha256, final)
+
+
+def another_history(seq: int) -> WorkerError:
+    """The error of a worker whose events, answers or state are not the journal's."""
+    return WorkerError(
+        _("El trabajador y el diario cuentan historias distintas: difieren en el evento {seq} o antes.").format(
+            seq=seq
+        ),
+        mend=_("Nada se ha cambiado. Usa el trabajador de este entrenamiento, o empieza otro con --run."),
+    )
+
+
+def _chain_in(state: PulledState, run: str) -> str:
+    """The chain value that a state's own header names. Raises :class:`WorkerError` when it is not such a state."""
+    with state.path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(size, _HEADER_LIMIT))
+    try:
+        ledger = orjson.loads(orjson.loads(header)["__metadata__"]["run"])["ledger"]
+        if (ledger["run"], ledger["last_seq"]) == (run, state.seq):
+            return str(ledger["chain"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise WorkerError(
+        _("El estado que dio el trabajador no es el del entrenamiento «{run}».").format(run=run),
+        mend=_("Usa la misma versión de sheily-train en los dos lados."),
+    )

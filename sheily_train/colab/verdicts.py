@@ -1,0 +1,159 @@
+"""What a worker's reply means, and that of a tunnel, or of another program, in its place.
+
+Answer         a worker's JSON object, with all that it must hold
+Hiccup         no answer, or one that a tunnel made: the request is worth another attempt
+OutOfStep      the worker is not where the client thought: it is attached to again
+RefusedError   the worker does not accept the request: it is never sent again
+WorkerError    something else answered
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import httpx2
+import orjson
+
+from sheily_train.colab.answers import misfit
+from sheily_train.errors import RefusedError, UnreachableError, WorkerError
+from sheily_train.i18n import _
+
+_AWAY = {408, 429, 502, 503, 504, *range(520, 531)}
+_OUT_OF_STEP = {"gap", "detached", "restarted"}
+_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
+
+
+class Hiccup(Exception):
+    """A request that is worth another attempt.
+
+    Args:
+        reason: one word for the records.
+        text: what happened, for a person.
+        wait: how many seconds the other side asked for.
+        final: what it becomes when no attempt helped.
+    """
+
+    def __init__(
+        self, reason: str, text: str, *, wait: float | None = None, final: type[WorkerError] = UnreachableError
+    ) -> None:
+        super().__init__(text)
+        self.reason, self.text, self.wait, self.final = reason, text, wait, final
+
+
+class OutOfStep(WorkerError):
+    """The worker's ``gap``, ``detached`` or ``restarted``; ``expected`` is the event it waits for, if it said so."""
+
+    def __init__(self, code: str, message: str, expected: int | None = None) -> None:
+        super().__init__(message, mend=_("Repite la orden."))
+        self.code, self.expected = code, expected
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A worker's answer: its exact bytes, and the JSON object in them."""
+
+    body: bytes
+    content: dict[str, Any]
+
+
+def read_reply(path: str, response: httpx2.Response, body: bytes) -> Answer:
+    """The worker's answer in a reply; anything else is raised."""
+    if response.status_code != 200:
+        raise_refusal(response, body)
+    answer = Answer(body, _json_object(response, body))
+    if text := misfit(path, answer.content):
+        raise foreign(text)
+    return answer
+
+
+def foreign(text: str) -> Hiccup:
+    """What another worker answered, or this one to another question (a tunnel gave an answer twice): asked at once."""
+    return Hiccup("foreign", text, wait=0.0, final=WorkerError)
+
+
+def raise_refusal(response: httpx2.Response, body: bytes) -> NoReturn:
+    """What a status other than 200 means."""
+    status, content = response.status_code, _object(body) or {}
+    code, wait = str(content.get("code") or ""), response.headers.get("Retry-After", "")
+    if code in _OUT_OF_STEP:
+        expected = content.get("expected")
+        raise OutOfStep(code, _text(content), expected if isinstance(expected, int) else None)
+    if code == "damaged":
+        raise Hiccup("damaged", _("El envío llegó dañado al trabajador."))
+    if status in _AWAY and code != "auth":
+        text = _text(content) if content else _away(status, _page(response, body))
+        raise Hiccup(code or f"http-{status}", text, wait=float(wait) if wait.isascii() and wait.isdigit() else None)
+    if status == 413 and not code:
+        raise RefusedError(
+            _("El túnel no deja pasar un envío tan grande."),
+            mend=_("Divide el lote, o envíalo en forma binaria."),
+            status=413,
+            code="too_large",
+        )
+    if not content and (page := _page(response, body)):
+        raise _html(page, status)
+    if 300 <= status < 400:
+        raise WorkerError(
+            _("La dirección reenvía a otra: {place}.").format(place=response.headers.get("Location", "?")[:200]),
+            mend=_("Usa esa dirección, si es la del trabajador."),
+        )
+    message, mend = _text(content) or _("Contestó {status} sin explicación.").format(status=status), content.get("help")
+    if not 400 <= status < 500:
+        raise WorkerError(message, mend=str(mend or _("La causa está en el registro del trabajador.")))
+    known = ("status", "error", "help", "code", "detail", "message", "mend")
+    facts = {name: value for name, value in content.items() if name not in known and isinstance(value, int | str)}
+    raise RefusedError(message, mend=str(mend or ""), status=status, code=code or "http", **facts)
+
+
+def _json_object(response: httpx2.Response, body: bytes) -> dict[str, Any]:
+    """The JSON object of a reply with 200; anything else says what it was."""
+    if page := _page(response, body):
+        raise _html(page, response.status_code)
+    content = _object(body)
+    if content is None:
+        raise Hiccup(
+            "cut",
+            _("La respuesta llegó cortada o dañada: {count} bytes que no son JSON entero.").format(count=len(body)),
+        )
+    if content.get("status") == "error":  # some v4.0 workers refuse with 200
+        raise RefusedError(_text(content), mend=str(content.get("help") or ""))
+    return content
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return str(content.get("error") or content.get("detail") or "")[:500]
+
+
+def _page(response: httpx2.Response, body: bytes) -> str | None:
+    """The title of an HTML page; ``None`` when it is none."""
+    if "html" not in response.headers.get("Content-Type", "") and body.lstrip()[:1] != b"<":
+        return None
+    found = _TITLE.search(body[:20000])
+    title = " ".join(found[1].decode(errors="replace").split())[:80] if found else ""
+    return title or _("sin título")
+
+
+def _html(page: str, status: int) -> Hiccup:
+    return Hiccup(
+        "html",
+        _("En lugar del trabajador contestó una página HTML ({status}, «{title}»): el túnel o un portal.").format(
+            status=status, title=page
+        ),
+    )
+
+
+def _away(status: int, page: str | None) -> str:
+    if page:
+        return _("El túnel contestó {status} con una página HTML («{title}»).").format(status=status, title=page)
+    return _("El túnel o el trabajador contestó {status}.").format(status=status)

@@ -1,0 +1,134 @@
+"""A TCP proxy in front of a worker that misbehaves as tunnels do, on real sockets, request by request.
+
+pass          nothing wrong                       cut         half of the answer, then the connection ends
+drop_before   the worker never sees the request   page        an HTML page with 200; the worker sees nothing
+drop_after    it does, its answer is dropped      page_after  the same, after the worker has answered
+502, 524      a tunnel's own page, before         damage      a bit of the request's body is flipped
+slow          the answer comes after ``pause``    late        the request does
+twice         the worker gets the request twice   echo        the client gets the answer twice
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Self
+
+FAULTS = (
+    *("drop_before", "drop_after", "502", "524", "cut", "page", "page_after", "damage", "slow", "late", "twice"),
+    "echo",
+)
+PAGE = b"<!doctype html><html><head><title>ngrok gateway error</title></head><body>ERR_NGROK_3200</body></html>"
+
+Plan = Callable[[int, str, str], str]
+"""The fault for a request: its number from 0, its method, its path."""
+
+
+class FaultProxy:
+    """The proxy, in a thread of its own.
+
+    Args:
+        port: the worker's; may be changed while it runs.
+        plan: what to do with each request.
+        pause: the seconds of ``slow`` and ``late``.
+    """
+
+    def __init__(self, port: int, plan: Plan = lambda _number, _method, _path: "pass", *, pause: float = 1.0) -> None:
+        self.port, self.plan, self.pause = port, plan, pause
+        self.seen: list[tuple[str, str, str]] = []
+        self.connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        start = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result(5)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    async def _stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                while await self._exchange(reader, writer):
+                    pass
+        finally:
+            writer.close()
+            self._tasks.discard(task)
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request and its answer; whether the connection goes on."""
+        head, body = await _message(reader)
+        method, path = head.split(b" ", 2)[:2]
+        fault = self.plan(len(self.seen), method.decode(), path.decode())
+        self.seen.append((method.decode(), path.decode(), fault))
+        if fault == "drop_before":
+            return False
+        if fault in ("502", "524", "page"):
+            return await _send(writer, _page(200 if fault == "page" else int(fault)))
+        if fault == "late":
+            await asyncio.sleep(self.pause)
+        if fault == "damage" and body:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if fault == "twice":
+            await self._ask(head + body)
+        answer = await self._ask(head + body)
+        if fault == "drop_after":
+            return False
+        if fault == "slow":
+            await asyncio.sleep(self.pause)
+        if fault == "page_after":
+            return await _send(writer, _page(200))
+        if fault == "cut":
+            await _send(writer, answer[: -max(1, len(answer) // 4)])
+            return False
+        return await _send(writer, answer * 2 if fault == "echo" else answer)
+
+    async def _ask(self, request: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(request)
+            await writer.drain()
+            head, body = await _message(reader)
+            return head + body
+        finally:
+            writer.close()
+
+
+async def _send(writer: asyncio.StreamWriter, content: bytes) -> bool:
+    writer.write(content)
+    await writer.drain()
+    return True
+
+
+async def _message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of a request or an answer that tells its length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    lengths = [line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
+    return head, await reader.readexactly(int(lengths[0]) if lengths else 0)
+
+
+def _page(status: int) -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%b" % (status, len(PAGE), PAGE)
