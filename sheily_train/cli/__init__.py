@@ -12,6 +12,7 @@ import click
 from sheily_train import __version__
 from sheily_train.cli.ask import ask
 from sheily_train.cli.branches import branches
+from sheily_train.cli.connect import connect
 from sheily_train.cli.doctor import doctor
 from sheily_train.cli.evaluate import evaluate
 from sheily_train.cli.export import export
@@ -25,13 +26,13 @@ from sheily_train.i18n import _
 teach_click_spanish()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, help=_("Un modelo especialista por rama."))
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, help=_("Modelos especialistas por ramas, y OMEGA 21."))
 @click.version_option(__version__, prog_name="sheily", message="%(prog)s %(version)s")
 def sheily() -> None:
     """Hold the commands."""
 
 
-for command in (train, branches, models, evaluate, ask, export, worker, doctor):
+for command in (train, branches, models, evaluate, ask, export, worker, connect, doctor):
     sheily.add_command(command)
 name_placeholders(sheily)
 

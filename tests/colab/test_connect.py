@@ -1,0 +1,479 @@
+"""``connect`` against the real worker app over a real socket, with a learner of a few numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from sheily_train import paths, runlog
+from sheily_train.colab.address import Address
+from sheily_train.colab.connect import Order, Outcome, Tally, connect, load_data, seconds_of
+from sheily_train.colab.journal import Journal
+from sheily_train.colab.presets import Settings
+from sheily_train.colab.protocol import Kind
+from sheily_train.colab.wire import ClientSettings
+from sheily_train.colab.worker import WorkerSettings, create_app
+from sheily_train.errors import (
+    BusyError,
+    DataError,
+    Interrupted,
+    RefusedError,
+    RequestError,
+    ResourceError,
+    UnreachableError,
+)
+from tests.colab.tiny_learner import TinyLearner
+
+TOKEN = "t0ken-of-the-tests-" + "x" * 30
+SMALL = Settings(muestras=20, lote=4)
+AT_ONCE = ClientSettings(wait_initial=0.01, wait_jitter=0.01)
+
+
+class Worker:
+    """A worker at a port of its own; it may be stopped and started again with the same folder.
+
+    Args:
+        seconds: what a batch takes.
+        plain: know no runs, as OMEGA 21 v4.0 does.
+    """
+
+    def __init__(self, folder: Path, seconds: float = 0.0, *, plain: bool = False) -> None:
+        self._folder = folder
+        self._plain = plain
+        self._seconds = seconds
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.address = Address(f"http://127.0.0.1:{self._port}", TOKEN)
+
+    def start(self) -> None:
+        settings = WorkerSettings(self._folder, token=TOKEN)
+        self._app = create_app(settings, self._learner)
+        config = uvicorn.Config(
+            self._answer, port=self._port, interface="asgi3", log_config=None, lifespan="off", ws="none"
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def _learner(self, seed: int, device: str) -> Any:
+        return TinyLearner(seed, device, seconds=self._seconds)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._plain and scope["path"] == "/run":
+            await JSONResponse({"detail": "Not Found"}, 404)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._app.close()
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root of the test's own."""
+    monkeypatch.setenv("SHEILY_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def down(tmp_path: Path) -> Worker:
+    """A worker that was not started."""
+    return Worker(tmp_path / "worker")
+
+
+@pytest.fixture
+def worker(down: Worker) -> Iterator[Worker]:
+    """A worker that answers."""
+    down.start()
+    yield down
+    down.stop()
+
+
+def order(worker: Worker, settings: Settings = SMALL, **more: Any) -> Order:
+    return Order(worker.address, settings, client=AT_ONCE, **more)
+
+
+def journal(run: str = "principal") -> Journal:
+    return Journal(paths.omega_dir() / run, run)
+
+
+def records(event: str | None = None, run: str = "principal") -> list[runlog.Record]:
+    return list(runlog.read(paths.logs_dir() / f"omega_{run}.jsonl", event))
+
+
+def stop_at(event: str, count: int = 1, number: int = signal.SIGINT) -> Callable[[runlog.Record], None]:
+    """A listener that sends this process a signal, once, at the record of so many of this event."""
+    seen: list[runlog.Record] = []
+
+    def listen(record: runlog.Record) -> None:
+        if record["event"] == event:
+            seen.append(record)
+            if len(seen) == count:
+                os.kill(os.getpid(), number)
+
+    return listen
+
+
+def test_a_session_trains_every_vector_and_sums_up(worker: Worker) -> None:
+    """Five batches of four: five events, five steps in the log, and an outcome with their numbers."""
+    heard: list[runlog.Record] = []
+    outcome = connect(order(worker), listeners=(heard.append,))
+    steps = records("step")
+    assert [step["seq"] for step in steps] == [1, 2, 3, 4, 5]
+    numbers = outcome.numbers
+    assert (numbers["run"], numbers["session"], numbers["batches"], numbers["vectors"]) == ("principal", 1, 5, 20)
+    assert (numbers["loss_first"], numbers["loss"]) == (steps[0]["loss"], steps[-1]["loss"])
+    assert numbers["anomalies"] == 2
+    assert numbers["anomaly_prob"] == pytest.approx(np.mean([step["anomaly_prob"] for step in steps]))
+    assert outcome.log == paths.logs_dir() / "omega_principal.jsonl"
+    assert heard == records()
+    assert heard[-1] == {"event": "done", **numbers}
+    with journal() as book:
+        assert (book.last_seq, book.seed, book.sessions[0]["done"]) == (5, 42, True)
+
+
+def test_the_token_is_written_nowhere(worker: Worker, root: Path) -> None:
+    """Neither in the log nor in the journal nor in the report."""
+    connect(order(worker, report=root / "informe.html"))
+    ours = [file for file in root.rglob("*") if file.is_file() and worker._folder not in file.parents]
+    assert len(ours) >= 5
+    assert [file for file in ours if TOKEN.encode() in file.read_bytes()] == []
+
+
+def test_a_finished_session_run_again_is_a_new_one_with_fresh_vectors(worker: Worker) -> None:
+    """The same command, other vectors; the run goes on where it was."""
+    connect(order(worker))
+    assert connect(order(worker)).numbers["session"] == 2
+    with journal() as book:
+        bodies = [entry.event.body for entry in book.entries()]
+        assert len(set(bodies)) == len(bodies) == 10
+        assert [session["first_seq"] for session in book.sessions] == [1, 6]
+
+
+@pytest.mark.parametrize("settings", [SMALL, Settings(muestras=18, lote=4, feedback=True)], ids=["plain", "feedback"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_session_goes_on_to_the_same_end(worker: Worker, settings: Settings, number: int) -> None:
+    """Stopped after the second batch: a line on how to go on; the same order ends with the steps of no stop at all."""
+    connect(order(worker, settings, run="undisturbed"))
+    with pytest.raises(Interrupted, match=r"--continuar") as caught:
+        connect(order(worker, settings, run="disturbed"), listeners=(stop_at("step", 2, number),))
+    assert caught.value.exit_code == 128 + number
+    heard: list[runlog.Record] = []
+    outcome = connect(order(worker, settings, run="disturbed"), listeners=(heard.append,))
+    assert (outcome.numbers["session"], outcome.numbers["batches"]) == (1, 5)
+    [session] = [record for record in heard if record["event"] == "session"]
+    assert session["resumed"]
+    assert session["done"] >= 2
+    for event in ("step", "feedback"):
+        told = {record["seq"]: record for record in records(event, "disturbed")}
+        assert list(told.values()) == records(event, "undisturbed")
+    undisturbed = records("done", "undisturbed")[0]
+    differing = {name for name, value in outcome.numbers.items() if undisturbed[name] != value}
+    assert differing <= {"run", "seconds", "vectors_per_second"}
+    assert outcome.numbers["vectors_per_second"] * outcome.numbers["seconds"] < 14
+
+
+def test_a_second_session_that_goes_on_is_counted_alone(worker: Worker) -> None:
+    """The numbers of the first one, in the same log, are not its own."""
+    connect(order(worker))
+    with pytest.raises(Interrupted):
+        connect(order(worker), listeners=(stop_at("step", 2),))
+    numbers = connect(order(worker)).numbers
+    assert (numbers["session"], numbers["batches"], numbers["vectors"]) == (2, 5, 20)
+    assert numbers["loss_first"] == records("step")[5]["loss"]
+
+
+def test_feedback_follows_each_batch_but_the_runs_first(worker: Worker) -> None:
+    """Validated when the loss fell; a later session compares its first batch with the run's last."""
+    settings = Settings(muestras=12, lote=4, feedback=True)
+    outcome = connect(order(worker, settings))
+    with journal() as book:
+        assert [entry.event.kind for entry in book.entries()] == [Kind.TRAIN, *[Kind.TRAIN, Kind.FEEDBACK] * 2]
+    losses = [step["loss"] for step in records("step")]
+    validated = [later < earlier for earlier, later in pairwise(losses)]
+    assert [record["validated"] for record in records("feedback")] == validated
+    assert (outcome.numbers["feedback"], outcome.numbers["validated"]) == (2, sum(validated))
+    assert connect(order(worker, settings)).numbers["feedback"] == 3
+
+
+def test_continuar_needs_no_flags_and_takes_no_others(worker: Worker) -> None:
+    """It has the session's own settings; a flag that differs from them is refused, one that does not is fine."""
+    with pytest.raises(RequestError, match="ninguna sesión"):
+        connect(order(worker, Settings(), resume=True))
+    with pytest.raises(Interrupted):
+        connect(order(worker), listeners=(stop_at("step", 2),))
+    with pytest.raises(RequestError, match="--lote no es el suyo"):
+        connect(order(worker, Settings(lote=5), given={"lote"}, resume=True))
+    outcome = connect(order(worker, Settings(lote=4, metricas=True), given={"lote", "metricas"}, resume=True))
+    assert (outcome.numbers["session"], outcome.numbers["vectors"]) == (1, 20)
+    assert len(outcome.numbers["metrics"]["ultimos_20_losses"]) == 5
+    again = connect(order(worker, Settings(), resume=True))
+    assert (again.numbers["session"], again.numbers["batches"]) == (1, 5)
+    with journal() as book:
+        assert book.last_seq == 5
+
+
+def test_another_plan_begins_another_session_and_says_so(worker: Worker) -> None:
+    """What the first one had written down is kept and comes first."""
+    with pytest.raises(Interrupted):
+        connect(order(worker), listeners=(stop_at("step", 2),))
+    with journal() as book:
+        written = book.last_seq
+    outcome = connect(order(worker, Settings(muestras=8, lote=4)))
+    assert (outcome.numbers["session"], outcome.numbers["vectors"]) == (2, 8)
+    assert "La sesión 1 quedó a medias" in records("note")[0]["text"]
+    with journal() as book:
+        assert (book.last_seq, book.answered_seq) == (written + 2, written + 2)
+        assert [session["done"] for session in book.sessions] == [False, True]
+
+
+def test_a_file_is_read_in_an_order_of_the_sessions_own(worker: Worker, root: Path) -> None:
+    """Every vector once; a file that has changed is another plan, and --continuar refuses it."""
+    rows = np.arange(10 * 1600, dtype=np.float32).reshape(10, 1600)
+    file = root / "mis datos.npy"
+    np.save(file, rows)
+    settings = Settings(datos=file, lote=4)
+    first, second = load_data(settings, 1), load_data(settings, 2)
+    assert not np.array_equal(first.input_data, second.input_data)
+    for batch in (first, second):
+        assert np.array_equal(np.sort(batch.input_data, axis=0), rows)
+    assert np.array_equal(load_data(Settings(datos=file, muestras=3), 1).input_data, first.input_data[:3])
+
+    with pytest.raises(Interrupted):
+        connect(order(worker, settings), listeners=(stop_at("step"),))
+    np.save(file, rows + 1)
+    with pytest.raises(RequestError, match="ha cambiado"):
+        connect(order(worker, Settings(), resume=True))
+    assert connect(order(worker, settings)).numbers["session"] == 2
+    assert records("session")[-1]["source"] == "mis datos.npy"
+
+
+def test_made_up_vectors_are_decided_by_seed_and_session() -> None:
+    """The same bytes for the same two numbers, others for any other."""
+
+    def bytes_of(seed: int, session: int) -> bytes:
+        return load_data(Settings(muestras=3, semilla=seed), session).input_data.tobytes()
+
+    assert bytes_of(1, 1) == bytes_of(1, 1)
+    assert len({bytes_of(1, 1), bytes_of(1, 2), bytes_of(2, 1)}) == 3
+    assert int((load_data(Settings(muestras=50, anomalias=20, tipo="neuronal"), 1).labels == 1).sum()) == 10
+
+
+def test_diagnosis_comes_before_and_metrics_after(worker: Worker) -> None:
+    """Both stand in the log where they happened."""
+    connect(order(worker, Settings(muestras=4, lote=4, diagnostico=True, metricas=True)))
+    events = [record["event"] for record in records()]
+    kept = [event for event in events if event not in {"wire", "retry", "snapshot"}]
+    assert kept == ["worker", "diagnosis", "session", "step", "metrics", "done"]
+
+
+def test_a_report_is_written_in_three_forms(worker: Worker, root: Path) -> None:
+    """Beside the name that was given; a name that cannot be used is refused before anything is sent."""
+    outcome = connect(order(worker, report=root / "informe.html"))
+    assert [file.name for file in outcome.report] == ["informe.html", "informe.json", "informe.md"]
+    assert json.loads((root / "informe.json").read_text(encoding="utf-8"))["summary"]["vectors"] == 20
+    for name in ("informe.pdf", "no/informe.html"):
+        with pytest.raises(RequestError, match="informe"):
+            order(worker, report=root / name)
+
+
+def test_cada_repeats_until_it_is_stopped(worker: Worker) -> None:
+    """Each time a session with fresh vectors; the stop comes in the pause."""
+    outcomes: list[Outcome] = []
+
+    def ended(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        connect(order(worker, every=0.05), ended=ended)
+    assert [outcome.numbers["session"] for outcome in outcomes] == [1, 2, 3]
+
+
+def test_cada_goes_on_first_and_then_repeats(worker: Worker) -> None:
+    """With --continuar: the session that was cut, then new ones with its settings."""
+    with pytest.raises(Interrupted):
+        connect(order(worker), listeners=(stop_at("step", 2),))
+    outcomes: list[Outcome] = []
+
+    def ended(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        connect(order(worker, Settings(), resume=True, every=0.05), ended=ended)
+    assert [(outcome.numbers["session"], outcome.numbers["vectors"]) for outcome in outcomes] == [(1, 20), (2, 20)]
+
+
+def test_cada_survives_a_worker_that_is_away(down: Worker) -> None:
+    """It says so, and the next time does what the first one could not; without --cada it is an error."""
+    with pytest.raises(UnreachableError):
+        connect(order(down))
+    notes: list[str] = []
+
+    def listen(record: runlog.Record) -> None:
+        if record["event"] == "note":
+            notes.append(record["text"])
+            if len(notes) == 2:
+                down.start()
+
+    def ended(_outcome: Outcome) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        connect(order(down, every=0.5), listeners=(listen,), ended=ended)
+    down.stop()
+    assert "Próxima sesión dentro de" in notes[1]
+    assert [step["seq"] for step in records("step")] == [1, 2, 3, 4, 5]
+
+
+def test_a_worker_that_goes_away_in_the_middle_is_waited_for(worker: Worker) -> None:
+    """What was pending comes first at the next time; nothing is sent twice."""
+    away: list[bool] = []
+
+    def listen(record: runlog.Record) -> None:
+        if record["event"] == "step" and record["seq"] == 2 and not away:
+            away.append(True)
+            threading.Thread(target=worker.stop).start()
+        if record["event"] == "note" and "Próxima" in record["text"] and len(away) == 1:
+            away.append(False)
+            worker.start()
+
+    def ended(_outcome: Outcome) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    settings = Settings(muestras=160, lote=4)
+    with pytest.raises(Interrupted):
+        connect(order(worker, settings, every=0.1), listeners=(listen,), ended=ended)
+    assert away == [True, False]
+    assert [session["done"] for session in journal_sessions()] == [True]
+    assert sorted({step["seq"] for step in records("step")}) == list(range(1, 41))
+
+
+def journal_sessions() -> list[dict[str, Any]]:
+    with journal() as book:
+        return book.sessions
+
+
+def test_a_plain_worker_is_trained_without_the_promise(tmp_path: Path) -> None:
+    """It says so; sessions follow each other with fresh vectors, and none can be gone on with."""
+    plain = Worker(tmp_path / "plain", plain=True)
+    plain.start()
+    try:
+        settings = Settings(muestras=12, lote=4, feedback=True, metricas=True)
+        first, second = (connect(order(plain, settings)) for _time in range(2))
+        with pytest.raises(Interrupted):
+            connect(order(plain), listeners=(stop_at("step", 2),))
+        third = connect(order(plain))
+        with pytest.raises(RequestError, match="ninguna sesión que continuar"):
+            connect(order(plain, resume=True))
+    finally:
+        plain.stop()
+    assert [outcome.numbers["session"] for outcome in (first, second, third)] == [1, 2, 4]
+    assert (second.numbers["batches"], second.numbers["feedback"]) == (3, 2)
+    assert third.numbers["batches"] == 5
+    assert len(records("plain")) == 5
+    assert first.numbers["loss"] != second.numbers["loss"]
+
+
+def test_two_at_once_on_one_run_are_not_allowed(worker: Worker) -> None:
+    """The second is told, and the first one's log is left alone."""
+    connect(order(worker))
+    before = (paths.logs_dir() / "omega_principal.jsonl").read_bytes()
+    with journal(), pytest.raises(BusyError):
+        connect(order(worker))
+    assert (paths.logs_dir() / "omega_principal.jsonl").read_bytes() == before
+
+
+def test_a_wrong_token_is_said_at_once(worker: Worker) -> None:
+    """No session is begun; the right token begins the first."""
+    with pytest.raises(RefusedError):
+        connect(Order(Address(worker.address.url, "wrong-" + "x" * 40), SMALL))
+    assert journal_sessions() == []
+    assert connect(order(worker)).numbers["session"] == 1
+
+
+def test_a_log_whose_last_line_was_cut_goes_on_with_whole_lines(worker: Worker) -> None:
+    """As a kill leaves it."""
+    connect(order(worker))
+    log = paths.logs_dir() / "omega_principal.jsonl"
+    whole = len(records())
+    with log.open("ab") as file:
+        file.write(b'{"event": "st')
+    connect(order(worker))
+    assert len(records()) > whole
+    assert len(records("done")) == 2
+
+
+def test_a_log_that_cannot_be_written_is_told(worker: Worker) -> None:
+    """With its name; the session goes on once it can."""
+    log = paths.logs_dir() / "omega_principal.jsonl"
+    log.mkdir(parents=True)
+    with pytest.raises(ResourceError, match=r"omega_principal\.jsonl"):
+        connect(order(worker))
+    log.rmdir()
+    assert connect(order(worker)).numbers["vectors"] == 20
+
+
+def test_an_unreadable_file_is_an_error_before_a_session_begins(worker: Worker, root: Path) -> None:
+    """Absent, or damaged."""
+    with pytest.raises(RequestError, match=r"no\.npy"):
+        connect(order(worker, Settings(datos=root / "no.npy")))
+    (root / "bad.npy").write_bytes(b"no array")
+    with pytest.raises(DataError):
+        connect(order(worker, Settings(datos=root / "bad.npy")))
+    assert journal_sessions() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1h", 3600), ("30m", 1800), ("45s", 45), ("1h30m", 5400), (" 2H ", 7200), ("5min", 300)]
+)
+def test_an_interval_is_read(text: str, seconds: float) -> None:
+    """Hours, minutes, seconds, or several of them."""
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1", "0s", "h", "1d", "-1h", "1.5h", "s30"])
+def test_what_is_no_interval_is_told(text: str) -> None:
+    """With what was expected."""
+    with pytest.raises(RequestError, match="1h, 30m o 45s"):
+        seconds_of(text)
+
+
+@pytest.mark.parametrize("run", ["worker", "Worker", "../x", "a b", ""])
+def test_a_name_that_cannot_be_a_run_is_refused(run: str, down: Worker) -> None:
+    """It names a folder; one is the worker's own."""
+    with pytest.raises((RequestError, RefusedError)):
+        order(down, run=run)
+
+
+def test_a_tally_takes_what_a_plain_worker_leaves_out() -> None:
+    """No anomalies, no numbers: it still counts."""
+    tally = Tally()
+    tally.add({"event": "step", "seq": 1, "samples": 4, "loss": None, "anomaly_prob": None})
+    assert tally.numbers() == {
+        **{"batches": 1, "vectors": 4, "loss_first": None, "loss": None, "anomalies": 0},
+        **{"feedback": 0, "validated": 0, "retries": 0, "anomaly_prob": 0.0},
+    }
