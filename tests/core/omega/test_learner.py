@@ -203,3 +203,22 @@ def test_another_process_reaches_the_same_bits(stream: list[Batch]) -> None:
     for step in range(3):
         learner.train(stream[step], step + 1)
     assert done.stdout.strip() == state_hash(learner)
+
+
+def test_no_accepted_input_makes_the_state_unusable() -> None:
+    """Numbers of every size that a worker lets in, constant or wildly mixed, leave everything finite."""
+    rng, learner = np.random.default_rng(0), Learner(0, "cpu")
+    shape = (6, 1600)
+    extremes = [
+        np.zeros(shape),
+        np.full(shape, 1e9),
+        rng.choice([-1e9, 0, 1e9], shape),
+        rng.normal(size=shape) * 1e-30,
+        rng.normal(size=shape) * 10.0 ** rng.uniform(-30, 8, (1, 1600)),
+        rng.normal(size=shape) * 10.0 ** rng.uniform(-30, 8, (6, 1)),
+    ]
+    for step, values in enumerate(extremes):
+        batch = make_batch(np.clip(values, -1e9, 1e9).astype(np.float32), rng.choice([-1, 0, 1], 6).tolist())
+        assert np.isfinite(learner.train(batch, step + 1).loss)
+        assert np.isfinite(learner.predict(batch.input_data).anomaly_prob).all()
+    assert all(torch.isfinite(tensor).all() for tensor in learner.state().values())

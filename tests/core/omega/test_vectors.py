@@ -300,7 +300,7 @@ def test_a_file_cut_short(tmp_path: Path, write: Writer) -> None:
         (np.ones((2, VECTOR), bool), "bool"),
         (np.ones((2, VECTOR), complex), "complex128"),
         (np.ones((2, 25, 64)), r"\[2, 25, 64\]"),
-        (np.float32(3), "3|fila"),
+        (np.float32(3), "fila|serie"),
         (np.empty((0, VECTOR), np.float32), "vacío"),
         (np.array([{"pickled": 1}], object), "sano"),
     ],
