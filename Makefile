@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train list-branches lint test clean
+.PHONY: help install demo demo-omega train list-branches lint test clean
 
 help: ## Muestra esta ayuda
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +31,16 @@ install: .venv/installed ## Crea .venv, instala y prepara el modelo base
 demo: install ## Entrena la rama physics y compara base y especialista
 	@$(BIN)/sheily train --branch physics --lora --epochs 1 --batch-size 2 --lr 2e-3
 	@$(BIN)/sheily ask physics "$(QUESTION)" --compare --max-tokens 120
+
+demo-omega: export SHEILY_HOME := $(CURDIR)/var/demo-omega
+demo-omega: .venv/installed ## Entrena OMEGA 21 en un trabajador en esta misma máquina
+	@umask 077; mkdir -p "$$SHEILY_HOME"; log="$$SHEILY_HOME/worker.log"; : > "$$log"; \
+	$(BIN)/sheily worker --port 0 > "$$log" 2>&1 & worker=$$!; \
+	trap 'kill $$worker 2> /dev/null; wait $$worker' EXIT; trap 'exit 130' INT TERM; \
+	until address=$$(grep -m 1 '^http' "$$log"); do \
+	  kill -0 $$worker 2> /dev/null || { cat "$$log"; exit 1; }; sleep 0.2; \
+	done; \
+	$(BIN)/python sheily_train/colab/ejemplo_integracion_completa.py "$$address"
 
 train: install ## Entrena una rama: make train BRANCH=sports
 	@$(BIN)/sheily train --branch $(BRANCH) --lora

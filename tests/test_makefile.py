@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,44 @@ def test_train_takes_the_branch(fresh: Path) -> None:
     assert commands[-1] == [".venv/bin/sheily", "train", "--branch", "sports", "--lora"]
     assert not [words for words in commands if "pip" in words]
     assert would_run(fresh, "list-branches") == [[".venv/bin/sheily", "branches", "list"]]
+
+
+def installed(folder: Path, **programs: str) -> None:
+    """Make the folder look installed, with these programs (shell lines) in its environment."""
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "installed").touch()
+    for name, line in programs.items():
+        program = folder / ".venv" / "bin" / name
+        program.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        program.chmod(0o755)
+
+
+def test_demo_omega_starts_trains_and_stops_a_worker(fresh: Path) -> None:
+    """``make demo-omega`` ends with the example's last words, its worker saved and gone, all in a folder of its own."""
+    python = f'exec {shlex.quote(sys.executable)} "$@"'
+    installed(fresh, python=python, sheily=python.replace('"$@"', '-m sheily_train "$@"'))
+    (fresh / "sheily_train").symlink_to(ROOT / "sheily_train")
+    done = subprocess.run(
+        ["make", "demo-omega"],
+        cwd=fresh,
+        env=environment() | {"PYTHONPATH": str(ROOT), "SHEILY_HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("✅ Ejemplo completo\n")
+    home = fresh / "var" / "demo-omega"
+    assert "Guardado en" in (home / "worker.log").read_text(encoding="utf-8").splitlines()[-1]
+    assert (home / "worker.log").stat().st_mode & 0o077 == 0
+    assert (home / "var" / "central_logs" / "omega_ejemplo.html").is_file()
+
+
+def test_demo_omega_tells_why_its_worker_did_not_start(fresh: Path) -> None:
+    """A worker that ends at once ends ``make demo-omega`` too, with what the worker said."""
+    installed(fresh, sheily="echo 'Error: no hay sitio' >&2; exit 5")
+    done = subprocess.run(["make", "demo-omega"], cwd=fresh, env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Error: no hay sitio" in done.stdout
 
 
 def test_an_old_python_is_told(fresh: Path) -> None:
