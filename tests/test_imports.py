@@ -20,6 +20,7 @@ LEVELS = {
     "sheily_train.i18n": 0,
     "sheily_train.core": 0,
     "sheily_train.core.branches": 1,
+    "sheily_train.core.processor": 1,
     "sheily_train.colab": 3,
     "sheily_train.colab.batches": 1,
     "sheily_train.colab.protocol": 1,
@@ -28,6 +29,7 @@ LEVELS = {
     "sheily_train.tools": 4,
     "sheily_train.cli": 5,
     "sheily_train.__main__": 6,
+    "sheily_train.scripts": 6,
     "sheily_train.train_branch": 6,
 }
 """The map of DESIGN.md: a module imports from its own level or a lower one. A part that is new gets its line here."""

@@ -198,12 +198,12 @@ def given(worker: Worker, words: str, **more: str) -> tuple[list[str], dict[str,
 @posix
 def test_a_killed_session_goes_on_to_the_same_end(worker: Worker, home: Path, name: str) -> None:
     """kill -9 at random moments, the same command each time; in the end, the steps of a run that nobody disturbed."""
-    words = "URL --muestras 160 --lote 4 --tipo temporal --feedback --quiet --run "
+    words = "URL --muestras 1000 --lote 4 --tipo temporal --feedback --quiet --run "
     command, environment = given(worker, words + name)
     kills = 0
     for _time in range(12):
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        time.sleep(random.uniform(0.6, 1.6))
+        time.sleep(random.uniform(0.6, 1.3))
         kills += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
         if process.wait() == 0 or '"event": "done"' in log_of(home, name):  # the session ended before the kill
@@ -214,7 +214,7 @@ def test_a_killed_session_goes_on_to_the_same_end(worker: Worker, home: Path, na
     command, environment = given(worker, words + f"{name}calm")
     subprocess.run(command, env=environment, check=True)
     calm = steps(home, f"{name}calm")
-    assert len(calm) == 40
+    assert len(calm) == 250
     assert steps(home, name) == calm
 
 
