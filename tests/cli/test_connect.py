@@ -198,7 +198,7 @@ def given(worker: Worker, words: str, **more: str) -> tuple[list[str], dict[str,
 @posix
 def test_a_killed_session_goes_on_to_the_same_end(worker: Worker, home: Path, name: str) -> None:
     """kill -9 at random moments, the same command each time; in the end, the steps of a run that nobody disturbed."""
-    words = "URL --muestras 1000 --lote 4 --tipo temporal --feedback --quiet --run "
+    words = "URL --muestras 500 --lote 4 --tipo temporal --feedback --quiet --run "
     command, environment = given(worker, words + name)
     kills = 0
     for _time in range(12):
@@ -214,7 +214,7 @@ def test_a_killed_session_goes_on_to_the_same_end(worker: Worker, home: Path, na
     command, environment = given(worker, words + f"{name}calm")
     subprocess.run(command, env=environment, check=True)
     calm = steps(home, f"{name}calm")
-    assert len(calm) == 250
+    assert len(calm) == 125
     assert steps(home, name) == calm
 
 
