@@ -26,7 +26,7 @@ from sheily_train.i18n import _
 teach_click_spanish()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, help=_("Modelos especialistas por ramas, y OMEGA 21."))
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, help=_("Especialistas por ramas, y OMEGA 21."))
 @click.version_option(__version__, prog_name="sheily", message="%(prog)s %(version)s")
 def sheily() -> None:
     """Hold the commands."""

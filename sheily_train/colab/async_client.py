@@ -185,7 +185,7 @@ class ClienteColabAsincrono:
             raise RequestError(_("El cliente está desconectado."), mend=_("Crea otro."))
         if self._opened is None:
             journal = Journal(self._folder, self.run, self._seed)
-            states = PulledStates(self._wire, journal, self.settings.pull_after, self._record)
+            states = PulledStates(self._wire, journal, self.settings, self._record)
             self._opened = journal, states, Delivery(self._wire, journal, states, self.settings, self._record)
         return self._opened
 

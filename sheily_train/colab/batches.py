@@ -1,7 +1,7 @@
 """What the client sends and the worker learns from, and its two forms on the wire: JSON and safetensors.
 
-JSON is what OMEGA 21 v4.0 clients speak. The binary form is two to five times smaller: a safetensors file with the tensors
-``input_data`` (float32 [N, 1600]), ``anomaly_label`` (int8 [N], −1 where there is no label; may be absent) and
+JSON is what OMEGA 21 v4.0 clients speak. The binary form is two to five times smaller: a safetensors file with the
+tensors ``input_data`` (float32 [N, 1600]), ``anomaly_label`` (int8 [N], −1 where there is no label; may be absent) and
 ``epochs`` (int32 [1]; may be absent), or ``ajustes_aplicados`` (float32 [16]) and ``validacion`` (uint8 [1]).
 
 Whatever is not exactly that raises :class:`~sheily_train.errors.RefusedError`, which names the sample.

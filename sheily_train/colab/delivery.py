@@ -108,7 +108,7 @@ class Delivery:
         self._check_history(worker["last_seq"], worker["chain"])
         reached: int = worker["last_seq"]
         if state := await asyncio.to_thread(self._state_to_push, reached):
-            reached = await self._push(state, worker["owner"])
+            reached = await self._push_or_replay(state, reached, worker["owner"])
         self._settled = min(reached, self._journal.answered_seq)
         if self._settled < self._journal.pruned_seq:
             raise self._nothing_to_replay()
@@ -152,6 +152,16 @@ class Delivery:
             return None
         must = self._journal.pruned_seq > min(reached, self._journal.answered_seq)
         return state if must or self._journal.body_bytes(reached, state.seq) > state.size else None
+
+    async def _push_or_replay(self, state: PulledState, reached: int, owner: int) -> int:
+        """The event that the worker has after the state was pushed; a tunnel that refuses its size changes nothing."""
+        try:
+            return await self._push(state, owner)
+        except RefusedError as refusal:
+            if refusal.code != "too_large":
+                raise
+            self._record("snapshot_failed", reason=refusal.message)
+            return reached
 
     async def _push(self, state: PulledState, owner: int) -> int:
         headers = {

@@ -20,7 +20,7 @@ from sheily_train import durable
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import DIGEST_HEADER, RUN_HEADER, SEQ_HEADER
 from sheily_train.colab.verdicts import Hiccup
-from sheily_train.colab.wire import PIECE, Record, Wire
+from sheily_train.colab.wire import PIECE, ClientSettings, Record, Wire
 from sheily_train.errors import SheilyError, WorkerError
 from sheily_train.i18n import _
 
@@ -59,14 +59,14 @@ class PulledStates:
     """The states of one run, in the folder ``snapshots`` beside its journal.
 
     Args:
-        every: events after which one is fetched.
+        settings: say after how many events one is fetched, and how many bytes of bodies are kept all the same.
         record: is told of each one, and of each that could not be fetched.
     """
 
-    def __init__(self, wire: Wire, journal: Journal, every: int, record: Record) -> None:
-        self._wire, self._journal, self._every, self._record = wire, journal, every, record
+    def __init__(self, wire: Wire, journal: Journal, settings: ClientSettings, record: Record) -> None:
+        self._wire, self._journal, self._settings, self._record = wire, journal, settings, record
         self._folder = journal.folder / STATES_FOLDER
-        self._due = max([0, *(state.seq for state in self.all())]) + every
+        self._due = max([0, *(state.seq for state in self.all())]) + settings.pull_after
         self._task: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
 
@@ -82,7 +82,7 @@ class PulledStates:
     def pull_when_due(self, seq: int) -> None:
         """Fetch a state, beside the training, when enough events have passed."""
         if seq >= self._due and (self._task is None or self._task.done()):
-            self._due = seq + self._every
+            self._due = seq + self._settings.pull_after
             self._task = asyncio.create_task(self._pull_quietly())
 
     async def finish(self, *, cancel: bool = False) -> None:
@@ -134,7 +134,7 @@ class PulledStates:
         older = [other for other in others if other.seq != state.seq][:-1]
         for other in (*like, *older):
             other.path.unlink(missing_ok=True)
-        if len(states := self.all()) > 1:
+        if len(states := self.all()) > 1 and self._journal.body_bytes(0, state.seq) > self._settings.keep_bytes:
             self._journal.prune(min(states[0].seq, self._journal.answered_seq))
         return PulledState(state.seq, state.sha256, final)
 

@@ -59,6 +59,8 @@ class ClientSettings:
     """How often in a row a worker may lose its state without one new answer."""
     pull_after: int = 500
     """Events after which the worker's state is fetched."""
+    keep_bytes: int = 4 * 1024**3
+    """Bytes of batches that the journal keeps though fetched states stand for them: a tunnel may refuse a state."""
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:

@@ -552,7 +552,7 @@ def test_a_worker_that_lost_its_memory_is_brought_back(tmp_path: Path, served: S
 def test_a_brand_new_worker_is_given_the_state(tmp_path: Path) -> None:
     """Fetched states replace pruned bodies: a worker without anything gets the newest one, and the rest is replayed."""
     records: Records = []
-    settings = {"pull_after": 2, "depth": 1}
+    settings = {"pull_after": 2, "keep_bytes": 0, "depth": 1}
 
     async def work(client: ClienteColabAsincrono) -> None:
         for start in range(0, 60, 10):
@@ -604,9 +604,32 @@ def test_a_state_fetched_again_takes_the_place_of_its_like(tmp_path: Path, worke
             assert (await client.descargar_estado()).is_file()
         assert client.journal.pruned_seq == 1
 
-    run(desk(tmp_path, worker), work)
+    run(desk(tmp_path, worker, settings={"keep_bytes": 0}), work)
     names = sorted(path.name[:12] for path in (tmp_path / "desk" / "snapshots").iterdir())
     assert names == ["000000000001", "000000000002"]
+
+
+def test_a_tunnel_that_refuses_a_state_leaves_the_replay(tmp_path: Path) -> None:
+    """The bodies that a fetched state stands for are kept, and rebuild a worker that the state cannot reach."""
+    records: Records = []
+    app = new_worker(tmp_path / "first")
+
+    async def work(client: ClienteColabAsincrono) -> None:
+        await client.entrenar_multiples_lotes(np.repeat(ROWS, 20, axis=0), 200)
+        await client.descargar_estado()
+
+    run(desk(tmp_path, app), work)
+    final = run(desk(tmp_path, app, folder=copy_of(tmp_path)), lambda client: client.descargar_estado())
+    final = final.rename(tmp_path / "final")
+    app.close()
+    app = new_worker(tmp_path / "new")
+    refusing = between(
+        app, lambda scope: answering(413, b"<html><title>413</title></html>") if scope["method"] == "PUT" else None
+    )
+    path = run(desk(tmp_path, refusing, records), lambda client: client.descargar_estado())
+    assert weights(path) == weights(final)
+    assert [fields for event, fields in records if event == "snapshot_failed"]
+    app.close()
 
 
 def test_owners_numbers_grow_from_worker_to_worker(tmp_path: Path) -> None:
@@ -995,7 +1018,7 @@ KILLED = """if True:
     around(delivery.PulledStates, "_keep", "keep")
     rows = np.random.default_rng(3).normal(size=(200, 1600)).astype(np.float32)
     record = lambda event, **fields: reach(event)
-    settings = ClientSettings(pull_after=5)
+    settings = ClientSettings(pull_after=5, keep_bytes=0)
     with ClienteColabEntrenamiento(url, seed=7, folder=folder, record=record, settings=settings) as client:
         client.conectar()
         while client.journal.last_seq < 20:
