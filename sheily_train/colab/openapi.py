@@ -1,0 +1,225 @@
+"""What OpenAPI says of the worker: every request, every answer, with an example of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from sheily_train.colab.batches import (
+    BINARY_FORM,
+    COHERENCE,
+    DENDRITES,
+    JSON_FORM,
+    MAX_EPOCHS,
+    MAX_MAGNITUDE,
+    MAX_SAMPLES,
+    VECTOR,
+)
+from sheily_train.colab.intake import MAX_OWNER, MAX_SEED
+from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, PROTOCOL, RUN_HEADER
+from sheily_train.colab.responses import MODEL_NAME, describe_network
+from sheily_train.colab.runs import ANONYMOUS_RUN, Statistics
+from sheily_train.i18n import _
+
+RUN_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"}
+SHA256_SCHEMA = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+_JsonSchema = dict[str, Any]
+
+
+def describe_api(api: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document."""
+    content = get_openapi(title=api.title, version=api.version, routes=api.routes, description=_api_description())
+    error = {"status": "error", "error": "…", "help": "…", "code": "invalid"}
+    content["components"] = {
+        "schemas": {"Error": _schema_like(error)},
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+    }
+    content["security"] = [{"token": []}]
+    return content
+
+
+def _api_description() -> str:
+    return _(
+        "OMEGA 21 aprende de lotes de vectores de 1600 números. Los clientes que quieren que cada lote se aplique una "
+        "sola vez abren un entrenamiento con POST /run y numeran sus peticiones con las cabeceras Sheily-Run, "
+        "Sheily-Seq, Sheily-Owner, Sheily-Time, Sheily-Digest y Sheily-Chain, todas o ninguna. "
+        "Quien no las envía es atendido sin esa promesa."
+    )
+
+
+def describe_operations() -> dict[str, dict[str, Any]]:
+    """What OpenAPI says of each endpoint, by the name of its function."""
+    batch = _two_forms(_batch_schema(), {"samples": [{"input_data": [0.0] * VECTOR, "anomaly_label": 0}], "epochs": 1})
+    feedback = _two_forms(_feedback_schema(), {"ajustes_aplicados": [0.0] * DENDRITES, "validacion": True})
+    attachment = _one_form(JSON_FORM, _attachment_schema(), {"run": "principal", "seed": 0, "owner": 0})
+    state = {"type": "string", "format": "binary"}
+    named, of_run = (
+        [_header_parameter(RUN_HEADER, RUN_SCHEMA, required=False)],
+        _header_parameter(RUN_HEADER, RUN_SCHEMA),
+    )
+    by_owner = [
+        of_run,
+        _header_parameter(OWNER_HEADER, {"type": "integer", "minimum": 0, "maximum": MAX_OWNER}),
+        _header_parameter(DIGEST_HEADER, SHA256_SCHEMA),
+    ]
+    answers = {
+        name: _one_form(JSON_FORM, _schema_like(example), example) for name, example in _sample_answers().items()
+    }
+    state_file = _one_form(BINARY_FORM, state)
+    return {
+        "train": _operation(answers["train"], body=batch),
+        "feedback": _operation(answers["feedback"], body=feedback),
+        "predict": _operation(answers["predict"], body=batch, headers=named),
+        "status": _operation(answers["status"], headers=named),
+        "health": {**_operation(answers["health"]), "security": []},
+        "info": _operation(answers["info"], headers=named),
+        "diagnose": _operation(answers["diagnose"], headers=named),
+        "metricas": _operation(answers["metricas"], headers=named),
+        "attach": _operation(answers["attach"], body=attachment),
+        "download": _operation(state_file, headers=[of_run]),
+        "upload": _operation(answers["upload"], body=state_file, headers=by_owner),
+        "prometheus": _operation(_one_form("text/plain", {"type": "string"})),
+    }
+
+
+def _batch_schema() -> _JsonSchema:
+    value = {"type": "number", "minimum": -MAX_MAGNITUDE, "maximum": MAX_MAGNITUDE}
+    sample = {
+        "type": "object",
+        "properties": {"input_data": _list_schema(value, VECTOR, VECTOR), "anomaly_label": {"enum": [0, 1]}},
+        "required": ["input_data"],
+    }
+    epochs = {"type": "integer", "minimum": 1, "maximum": MAX_EPOCHS}
+    properties = {"samples": _list_schema(sample, 1, MAX_SAMPLES), "epochs": epochs}
+    return {"type": "object", "properties": properties, "required": ["samples"]}
+
+
+def _feedback_schema() -> _JsonSchema:
+    adjustment = {"type": "number", "minimum": -1, "maximum": 1}
+    properties = {
+        "ajustes_aplicados": _list_schema(adjustment, DENDRITES, DENDRITES),
+        "validacion": {"type": "boolean"},
+        "timestamp": {},
+    }
+    return {"type": "object", "properties": properties, "required": ["ajustes_aplicados", "validacion"]}
+
+
+def _attachment_schema() -> _JsonSchema:
+    properties = {
+        "run": {**RUN_SCHEMA, "not": {"const": ANONYMOUS_RUN}},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0},
+        "owner": {"type": "integer", "minimum": 0, "maximum": MAX_OWNER, "default": 0},
+    }
+    return {"type": "object", "properties": properties, "required": ["run"]}
+
+
+def _list_schema(items: _JsonSchema, least: int, most: int) -> _JsonSchema:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+
+def _sample_answers() -> dict[str, Any]:
+    """An answer of each endpoint, by the name of its function; the schemas follow from them."""
+    moment, chain = "2026-01-31T12:00:00+00:00", "0" * 64
+    dendrites, coherence = [0.1] * DENDRITES, [0.1] * COHERENCE
+    machine = {"tiempo_transcurrido_seg": 12.5, "dispositivo": "cuda", "gpu_memoria_mb": 420.5}
+    shapes = {"anomaly": [1], "dendrites": [1, DENDRITES], "coherence": [1, COHERENCE]}
+    return {
+        "train": {
+            "status": "trained",
+            "loss": 0.23,
+            "anomaly_prob": 0.45,
+            "dendrites": dendrites,
+            "coherence": coherence,
+            "batch_size": 64,
+            "outputs": {"anomaly_prob": 0.45, "dendrite_adjustments": dendrites, "coherence_state": coherence},
+            "capa_info": {"capa2_activations": 0.5, "capa3_activations": 0.5, "capa4_activations": 0.5},
+            "timestamp": moment,
+            "anomalias": 6,
+            "objetivos": {},
+        },
+        "feedback": {
+            "status": "feedback_recibido",
+            "validacion": True,
+            "timestamp": moment,
+            "estadisticas": Statistics().summary(),
+        },
+        "predict": {"status": "ok", "anomaly_prob": [0.02], "threshold": 0.5},
+        "status": {
+            "status": "online",
+            "modelo": MODEL_NAME,
+            "estadisticas": {**Statistics().summary(), **machine},
+            "torch_version": "2.10.0",
+            "cuda_available": True,
+        },
+        "health": {"alive": True, "timestamp": moment, "uptime_seconds": 12.5},
+        "info": describe_network(12_000_000, 12_000_000),
+        "diagnose": {
+            "status": "diagnostico_ok",
+            "test_input_shape": [1, VECTOR],
+            "outputs_shapes": shapes,
+            "gpu_info": {"cuda": True, "device": "cuda"},
+        },
+        "metricas": {**Statistics().trend(), "ultimos_20_losses": [0.23]},
+        "attach": {
+            "status": "ok",
+            "run": "principal",
+            "seed": 0,
+            "owner": 1,
+            "last_seq": 0,
+            "chain": chain,
+            "fingerprint": {"device": "cuda"},
+            "boot": "0" * 16,
+            "protocol": PROTOCOL,
+            "max_samples": MAX_SAMPLES,
+            "queue": 8,
+        },
+        "upload": {"status": "ok", "last_seq": 7, "chain": chain},
+    }
+
+
+def _schema_like(example: Any) -> _JsonSchema:
+    """The schema of values like this one; objects may hold more."""
+    if isinstance(example, dict):
+        properties = {name: _schema_like(value) for name, value in example.items()}
+        return {"type": "object", "properties": properties, "required": list(properties)}
+    if isinstance(example, list):
+        return {"type": "array", "items": _schema_like(example[0])}
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    return {"type": kinds[type(example)]}
+
+
+def _one_form(form: str, schema: _JsonSchema, example: Any = None) -> dict[str, Any]:
+    """A body, or an answer, of one media type."""
+    return {form: {"schema": schema} if example is None else {"schema": schema, "example": example}}
+
+
+def _two_forms(schema: _JsonSchema, example: dict[str, Any]) -> dict[str, Any]:
+    """A body that may come as JSON or as safetensors."""
+    binary = {"type": "string", "format": "binary", "description": _("Los mismos datos como archivo safetensors.")}
+    return {**_one_form(JSON_FORM, schema, example), **_one_form(BINARY_FORM, binary)}
+
+
+def _header_parameter(name: str, schema: _JsonSchema, *, required: bool = True) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": required, "schema": schema}
+
+
+def _operation(
+    answer: dict[str, Any], *, body: dict[str, Any] | None = None, headers: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What OpenAPI says of one endpoint."""
+    error = {"content": _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})}
+    content: dict[str, Any] = {
+        "responses": {
+            200: {"description": _("Hecho."), "content": answer},
+            "4XX": {"description": _("La petición no vale; nada ha cambiado."), **error},
+            "5XX": {"description": _("El trabajador falló; la petición se puede repetir."), **error},
+        }
+    }
+    if body:
+        content["requestBody"] = {"content": body, "required": True}
+    if headers:
+        content["parameters"] = headers
+    return content

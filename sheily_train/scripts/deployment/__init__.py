@@ -1,0 +1,1 @@
+"""What carries the worker to borrowed machines."""
