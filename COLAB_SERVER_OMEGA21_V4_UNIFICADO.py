@@ -1754,15 +1754,11 @@ def unpack_snapshot(content: bytes) -> Snapshot:
     size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or size > min(MAX_SNAPSHOT_HEADER, len(content) - 8):
         raise _no_snapshot()
+    facts = _facts_in_header(content[8 : 8 + size])
     try:
-        facts = orjson.loads(orjson.loads(content[8 : 8 + size])["__metadata__"][_FACTS_KEY])
-        seq = facts["seq"]
-        tensors = load_torch_tensors(content)
+        return Snapshot(facts["seq"], facts, load_torch_tensors(content))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _no_snapshot() from error
-    if type(seq) is not int:
-        raise _no_snapshot()
-    return Snapshot(seq, facts, tensors)
 
 
 class Snapshots:
@@ -1806,6 +1802,17 @@ class Snapshots:
             damaged.append(folder)
         return None, damaged
 
+    def newest_facts(self) -> dict[str, Any] | None:
+        """What the newest snapshot's header says of the run, unverified: to be shown, not to go on from."""
+        for folder in reversed(self.folders()):
+            try:
+                with (folder / _SNAPSHOT_FILE).open("rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    return _facts_in_header(file.read(min(size, MAX_SNAPSHOT_HEADER)))
+            except (OSError, RefusedError):
+                continue
+        return None
+
     def folders(self) -> list[Path]:
         """The finished snapshots, oldest first."""
         return sorted(self.folder.glob("snapshot-????????????"))
@@ -1813,6 +1820,16 @@ class Snapshots:
     def remove_leftovers(self) -> None:
         """Remove what a killed write left."""
         shutil.rmtree(self.folder / UNFINISHED_SNAPSHOT, ignore_errors=True)
+
+
+def _facts_in_header(header: bytes) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = orjson.loads(orjson.loads(header)["__metadata__"][_FACTS_KEY])
+        if type(facts["seq"]) is int:
+            return facts
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise _no_snapshot()
 
 
 def _verified_snapshot(folder: Path) -> Snapshot | None:
@@ -2545,6 +2562,12 @@ class Learner:
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 128 + epoch) % 2**63)
 
 
+def warm_up(device: str = "auto") -> None:
+    """Do once what is slow the first time (libraries, kernels, CUDA's context), with a learner that is thrown away."""
+    zeros_NV = np.zeros((1, VECTOR), np.float32)
+    Learner(0, device).train(Batch(zeros_NV, np.zeros(1, np.int8)), step=0)
+
+
 def _adam(parts: dict[str, list[nn.Parameter]]) -> torch.optim.AdamW:
     """AdamW without decay whose moments exist from the start, so that a state always has the same tensors."""
     groups = [{"params": weights, "lr": RATES.get(part, TRUNK_RATE)} for part, weights in parts.items()]
@@ -2709,8 +2732,7 @@ class Run:
 
     def card(self) -> Card:
         """What may be said of it without its model."""
-        name = self.ledger.run
-        return Card(name, self.ledger.last_seq, self.opened, self.statistics.summary(), self.statistics.trend())
+        return _card_of(self.ledger, self.statistics, self.opened)
 
 
 @dataclass(frozen=True)
@@ -2814,6 +2836,18 @@ class Runs:
         self._open[name] = run
         return run
 
+    def saved_cards(self) -> list[Card]:
+        """What the snapshots on the disk say of their runs, the one that was saved last at the end."""
+        found = [(path.stat().st_mtime, Snapshots(path)) for path in self.folder.glob("*") if path.is_dir()]
+        cards = []
+        for _saved, snapshots in sorted(found, key=lambda pair: pair[0]):
+            if (facts := snapshots.newest_facts()) is None:
+                continue
+            with suppress(RefusedError):
+                ledger, statistics, _fingerprint = _read_run_facts(Snapshot(facts["seq"], facts, {}))
+                cards.append(_card_of(ledger, statistics, self._clock()))
+        return cards
+
     def due(self) -> list[Capture]:
         """Copies of the runs whose newest snapshot is too old; :meth:`save` writes them."""
         now = self._clock()
@@ -2916,6 +2950,10 @@ class Runs:
     def _save_changes(self, run: Run) -> None:
         if run.ledger.last_seq != run.captured_seq:
             self.save(self.capture(run))
+
+
+def _card_of(ledger: Ledger, statistics: Statistics, opened: float) -> Card:
+    return Card(ledger.run, ledger.last_seq, opened, statistics.summary(), statistics.trend())
 
 
 def _read_run_facts(snapshot: Snapshot) -> tuple[Ledger, Statistics, dict[str, str]]:
@@ -3077,18 +3115,22 @@ def describe_operations() -> dict[str, dict[str, Any]]:
     }
     state_file = _one_form(BINARY_FORM, state)
     return {
-        "train": _operation(answers["train"], body=batch),
-        "feedback": _operation(answers["feedback"], body=feedback),
-        "predict": _operation(answers["predict"], body=batch, headers=named),
-        "status": _operation(answers["status"], headers=named),
-        "health": {**_operation(answers["health"]), "security": []},
-        "info": _operation(answers["info"], headers=named),
-        "diagnose": _operation(answers["diagnose"], headers=named),
-        "metricas": _operation(answers["metricas"], headers=named),
-        "attach": _operation(answers["attach"], body=attachment),
-        "download": _operation(state_file, headers=[of_run]),
-        "upload": _operation(answers["upload"], body=state_file, headers=by_owner),
-        "prometheus": _operation(_one_form("text/plain", {"type": "string"})),
+        "train": _operation(_es("Aprende de un lote"), answers["train"], body=batch),
+        "feedback": _operation(
+            _es("Aprende de lo que dieron los ajustes dendríticos de un lote"), answers["feedback"], body=feedback
+        ),
+        "predict": _operation(_es("Juzga vectores sin aprender de ellos"), answers["predict"], body=batch, headers=named),
+        "status": _operation(_es("Lo aprendido hasta ahora"), answers["status"], headers=named),
+        "health": {**_operation(_es("Si el trabajador vive"), answers["health"]), "security": []},
+        "info": _operation(_es("Cómo es la red"), answers["info"], headers=named),
+        "diagnose": _operation(_es("Pasa un vector de prueba por la red"), answers["diagnose"], headers=named),
+        "metricas": _operation(_es("Las últimas pérdidas y hacia dónde van"), answers["metricas"], headers=named),
+        "attach": _operation(_es("Toma o empieza un entrenamiento"), answers["attach"], body=attachment),
+        "download": _operation(_es("El estado entero de un entrenamiento"), state_file, headers=[of_run]),
+        "upload": _operation(
+            _es("Pone un estado descargado en el lugar del propio"), answers["upload"], body=state_file, headers=by_owner
+        ),
+        "prometheus": _operation(_es("Los contadores, para Prometheus"), _one_form("text/plain", {"type": "string"})),
     }
 
 
@@ -3214,16 +3256,21 @@ def _header_parameter(name: str, schema: _JsonSchema, *, required: bool = True) 
 
 
 def _operation(
-    answer: dict[str, Any], *, body: dict[str, Any] | None = None, headers: list[dict[str, Any]] | None = None
+    summary: str,
+    answer: dict[str, Any],
+    *,
+    body: dict[str, Any] | None = None,
+    headers: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What OpenAPI says of one endpoint."""
     error = {"content": _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})}
     content: dict[str, Any] = {
+        "summary": summary,
         "responses": {
             200: {"description": _es("Hecho."), "content": answer},
             "4XX": {"description": _es("La petición no vale; nada ha cambiado."), **error},
             "5XX": {"description": _es("El trabajador falló; la petición se puede repetir."), **error},
-        }
+        },
     }
     if body:
         content["requestBody"] = {"content": body, "required": True}
@@ -3391,8 +3438,8 @@ class OmegaWorker:
             snapshot_seconds=settings.snapshot_seconds,
         )
         self._turns: dict[str, RunTurns] = {}
-        self._cards: dict[str, Card] = {}
-        self._latest = ANONYMOUS_RUN
+        self._cards = {card.run: card for card in self._runs.saved_cards()}
+        self._latest = next(reversed(self._cards), ANONYMOUS_RUN)
         self._device = _expected_device(settings.device)
         self._parameters: tuple[int, int] | None = None
         self._meters = WorkerMeters(lambda: self._thread.waiting)
@@ -3728,7 +3775,7 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
             methods=[method],
             response_class=Response,
             operation_id=endpoint.__name__,
-            summary=(endpoint.__doc__ or "").strip(),
+            summary=description.pop("summary"),
             responses=description.pop("responses"),
             openapi_extra=description,
         )
@@ -3875,6 +3922,7 @@ def start_in_background(
         screen = _Screen(notify, token, settings, stop_or)
         way_in = _WayIn(tunnel, host, port, screen)
         resources.callback(way_in.close)
+        warm_up(settings.device)
         server = _ServerThread(create_app(replace(settings, token=token)), listener)
         resources.callback(server.stop)
         server.start_answering()

@@ -70,18 +70,22 @@ def describe_operations() -> dict[str, dict[str, Any]]:
     }
     state_file = _one_form(BINARY_FORM, state)
     return {
-        "train": _operation(answers["train"], body=batch),
-        "feedback": _operation(answers["feedback"], body=feedback),
-        "predict": _operation(answers["predict"], body=batch, headers=named),
-        "status": _operation(answers["status"], headers=named),
-        "health": {**_operation(answers["health"]), "security": []},
-        "info": _operation(answers["info"], headers=named),
-        "diagnose": _operation(answers["diagnose"], headers=named),
-        "metricas": _operation(answers["metricas"], headers=named),
-        "attach": _operation(answers["attach"], body=attachment),
-        "download": _operation(state_file, headers=[of_run]),
-        "upload": _operation(answers["upload"], body=state_file, headers=by_owner),
-        "prometheus": _operation(_one_form("text/plain", {"type": "string"})),
+        "train": _operation(_("Aprende de un lote"), answers["train"], body=batch),
+        "feedback": _operation(
+            _("Aprende de lo que dieron los ajustes dendríticos de un lote"), answers["feedback"], body=feedback
+        ),
+        "predict": _operation(_("Juzga vectores sin aprender de ellos"), answers["predict"], body=batch, headers=named),
+        "status": _operation(_("Lo aprendido hasta ahora"), answers["status"], headers=named),
+        "health": {**_operation(_("Si el trabajador vive"), answers["health"]), "security": []},
+        "info": _operation(_("Cómo es la red"), answers["info"], headers=named),
+        "diagnose": _operation(_("Pasa un vector de prueba por la red"), answers["diagnose"], headers=named),
+        "metricas": _operation(_("Las últimas pérdidas y hacia dónde van"), answers["metricas"], headers=named),
+        "attach": _operation(_("Toma o empieza un entrenamiento"), answers["attach"], body=attachment),
+        "download": _operation(_("El estado entero de un entrenamiento"), state_file, headers=[of_run]),
+        "upload": _operation(
+            _("Pone un estado descargado en el lugar del propio"), answers["upload"], body=state_file, headers=by_owner
+        ),
+        "prometheus": _operation(_("Los contadores, para Prometheus"), _one_form("text/plain", {"type": "string"})),
     }
 
 
@@ -207,16 +211,21 @@ def _header_parameter(name: str, schema: _JsonSchema, *, required: bool = True) 
 
 
 def _operation(
-    answer: dict[str, Any], *, body: dict[str, Any] | None = None, headers: list[dict[str, Any]] | None = None
+    summary: str,
+    answer: dict[str, Any],
+    *,
+    body: dict[str, Any] | None = None,
+    headers: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What OpenAPI says of one endpoint."""
     error = {"content": _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})}
     content: dict[str, Any] = {
+        "summary": summary,
         "responses": {
             200: {"description": _("Hecho."), "content": answer},
             "4XX": {"description": _("La petición no vale; nada ha cambiado."), **error},
             "5XX": {"description": _("El trabajador falló; la petición se puede repetir."), **error},
-        }
+        },
     }
     if body:
         content["requestBody"] = {"content": body, "required": True}

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,7 @@ class Run:
 
     def card(self) -> Card:
         """What may be said of it without its model."""
-        name = self.ledger.run
-        return Card(name, self.ledger.last_seq, self.opened, self.statistics.summary(), self.statistics.trend())
+        return _card_of(self.ledger, self.statistics, self.opened)
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,18 @@ class Runs:
         self._open[name] = run
         return run
 
+    def saved_cards(self) -> list[Card]:
+        """What the snapshots on the disk say of their runs, the one that was saved last at the end."""
+        found = [(path.stat().st_mtime, Snapshots(path)) for path in self.folder.glob("*") if path.is_dir()]
+        cards = []
+        for _saved, snapshots in sorted(found, key=lambda pair: pair[0]):
+            if (facts := snapshots.newest_facts()) is None:
+                continue
+            with suppress(RefusedError):
+                ledger, statistics, _fingerprint = _read_run_facts(Snapshot(facts["seq"], facts, {}))
+                cards.append(_card_of(ledger, statistics, self._clock()))
+        return cards
+
     def due(self) -> list[Capture]:
         """Copies of the runs whose newest snapshot is too old; :meth:`save` writes them."""
         now = self._clock()
@@ -358,6 +370,10 @@ class Runs:
     def _save_changes(self, run: Run) -> None:
         if run.ledger.last_seq != run.captured_seq:
             self.save(self.capture(run))
+
+
+def _card_of(ledger: Ledger, statistics: Statistics, opened: float) -> Card:
+    return Card(ledger.run, ledger.last_seq, opened, statistics.summary(), statistics.trend())
 
 
 def _read_run_facts(snapshot: Snapshot) -> tuple[Ledger, Statistics, dict[str, str]]:

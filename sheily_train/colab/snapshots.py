@@ -52,15 +52,11 @@ def unpack_snapshot(content: bytes) -> Snapshot:
     size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or size > min(MAX_SNAPSHOT_HEADER, len(content) - 8):
         raise _no_snapshot()
+    facts = _facts_in_header(content[8 : 8 + size])
     try:
-        facts = orjson.loads(orjson.loads(content[8 : 8 + size])["__metadata__"][_FACTS_KEY])
-        seq = facts["seq"]
-        tensors = load_torch_tensors(content)
+        return Snapshot(facts["seq"], facts, load_torch_tensors(content))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _no_snapshot() from error
-    if type(seq) is not int:
-        raise _no_snapshot()
-    return Snapshot(seq, facts, tensors)
 
 
 class Snapshots:
@@ -104,6 +100,17 @@ class Snapshots:
             damaged.append(folder)
         return None, damaged
 
+    def newest_facts(self) -> dict[str, Any] | None:
+        """What the newest snapshot's header says of the run, unverified: to be shown, not to go on from."""
+        for folder in reversed(self.folders()):
+            try:
+                with (folder / _SNAPSHOT_FILE).open("rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    return _facts_in_header(file.read(min(size, MAX_SNAPSHOT_HEADER)))
+            except (OSError, RefusedError):
+                continue
+        return None
+
     def folders(self) -> list[Path]:
         """The finished snapshots, oldest first."""
         return sorted(self.folder.glob("snapshot-????????????"))
@@ -111,6 +118,16 @@ class Snapshots:
     def remove_leftovers(self) -> None:
         """Remove what a killed write left."""
         shutil.rmtree(self.folder / UNFINISHED_SNAPSHOT, ignore_errors=True)
+
+
+def _facts_in_header(header: bytes) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = orjson.loads(orjson.loads(header)["__metadata__"][_FACTS_KEY])
+        if type(facts["seq"]) is int:
+            return facts
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise _no_snapshot()
 
 
 def _verified_snapshot(folder: Path) -> Snapshot | None:

@@ -175,8 +175,8 @@ class OmegaWorker:
             snapshot_seconds=settings.snapshot_seconds,
         )
         self._turns: dict[str, RunTurns] = {}
-        self._cards: dict[str, Card] = {}
-        self._latest = ANONYMOUS_RUN
+        self._cards = {card.run: card for card in self._runs.saved_cards()}
+        self._latest = next(reversed(self._cards), ANONYMOUS_RUN)
         self._device = _expected_device(settings.device)
         self._parameters: tuple[int, int] | None = None
         self._meters = WorkerMeters(lambda: self._thread.waiting)
@@ -512,7 +512,7 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
             methods=[method],
             response_class=Response,
             operation_id=endpoint.__name__,
-            summary=(endpoint.__doc__ or "").strip(),
+            summary=description.pop("summary"),
             responses=description.pop("responses"),
             openapi_extra=description,
         )

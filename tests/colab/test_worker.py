@@ -336,6 +336,26 @@ def test_a_gap_a_conflict_a_fence_and_damage(tmp_path: Path) -> None:
     run_async(tmp_path, work, reorder_seconds=0.3)
 
 
+def test_a_worker_started_again_tells_what_its_runs_had_learned(tmp_path: Path) -> None:
+    """Before any client is back, /status and /metricas speak of the run that was saved last."""
+
+    async def learned(desk: Desk) -> None:
+        await desk.attach()
+        await desk.feed(3)
+
+    async def told(desk: Desk) -> None:
+        status, metrics = (await desk.http.get("/status")).json(), (await desk.http.get("/metricas")).json()
+        assert status["estadisticas"]["total_batches"] == len(metrics["ultimos_20_losses"]) == 3
+        newest = max(tmp_path.rglob("state.safetensors"))
+        newest.write_bytes(newest.read_bytes()[:9])
+
+    async def nothing_whole(desk: Desk) -> None:
+        assert (await desk.http.get("/status")).json()["estadisticas"]["total_batches"] == 0
+
+    for work in (learned, told, nothing_whole):
+        run_async(tmp_path, work)
+
+
 def test_restart_and_replay_give_the_same_bits(tmp_path: Path) -> None:
     """A worker whose process was lost after a snapshot, and one that never had the run, replay to equal states."""
     sent: list[tuple[Claim, Event]] = []
