@@ -2562,12 +2562,6 @@ class Learner:
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 128 + epoch) % 2**63)
 
 
-def warm_up(device: str = "auto") -> None:
-    """Do once what is slow the first time (libraries, kernels, CUDA's context), with a learner that is thrown away."""
-    zeros_NV = np.zeros((1, VECTOR), np.float32)
-    Learner(0, device).train(Batch(zeros_NV, np.zeros(1, np.int8)), step=0)
-
-
 def _adam(parts: dict[str, list[nn.Parameter]]) -> torch.optim.AdamW:
     """AdamW without decay whose moments exist from the start, so that a state always has the same tensors."""
     groups = [{"params": weights, "lr": RATES.get(part, TRUNK_RATE)} for part, weights in parts.items()]
@@ -3386,6 +3380,10 @@ class WorkerApp:
         """Answer one ASGI connection."""
         await self._app(scope, receive, send)
 
+    def warm_up(self) -> None:
+        """Do once what is slow the first time: libraries, kernels, CUDA's context. Raises what a learner raises."""
+        self._worker.warm_up()
+
     def close(self) -> None:
         """Finish what is queued, save every run and stop. Again: nothing.
 
@@ -3444,6 +3442,15 @@ class OmegaWorker:
         self._parameters: tuple[int, int] | None = None
         self._meters = WorkerMeters(lambda: self._thread.waiting)
         self._closed = False
+
+    def warm_up(self) -> None:
+        """Teach a learner that is thrown away one vector, on the learner thread.
+
+        A second thread that computes would have a pool of OpenMP threads of its own; two pools on few cores go to sleep
+        between any two steps, which costs a third of the speed.
+        """
+        batch = make_batch(np.zeros((1, VECTOR), np.float32))
+        self._thread.submit(lambda: self._make_learner(0).train(batch, 0)).result()
 
     def close(self) -> None:
         """Finish what is queued, save every run and stop."""
@@ -3922,9 +3929,10 @@ def start_in_background(
         screen = _Screen(notify, token, settings, stop_or)
         way_in = _WayIn(tunnel, host, port, screen)
         resources.callback(way_in.close)
-        warm_up(settings.device)
-        server = _ServerThread(create_app(replace(settings, token=token)), listener)
+        app = create_app(replace(settings, token=token))
+        server = _ServerThread(app, listener)
         resources.callback(server.stop)
+        app.warm_up()
         server.start_answering()
         address = screen.show_address(way_in.url)
         if not is_loopback(host):

@@ -30,7 +30,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sheily_train.colab.security import check_token, is_loopback, new_token, refusal_messages
 from sheily_train.colab.tunnels import Tunnel, TunnelKind, open_tunnel
 from sheily_train.colab.worker import WorkerApp, WorkerSettings, create_app
-from sheily_train.core.omega.learner import warm_up
 from sheily_train.durable import sync_folder
 from sheily_train.errors import BusyError, Interrupted, RefusedError, RequestError, SheilyError
 from sheily_train.i18n import _
@@ -142,9 +141,10 @@ def start_in_background(
         screen = _Screen(notify, token, settings, stop_or)
         way_in = _WayIn(tunnel, host, port, screen)
         resources.callback(way_in.close)
-        warm_up(settings.device)
-        server = _ServerThread(create_app(replace(settings, token=token)), listener)
+        app = create_app(replace(settings, token=token))
+        server = _ServerThread(app, listener)
         resources.callback(server.stop)
+        app.warm_up()
         server.start_answering()
         address = screen.show_address(way_in.url)
         if not is_loopback(host):

@@ -31,7 +31,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from sheily_train.colab.batches import BINARY_FORM, JSON_FORM, MAX_SAMPLES, VECTOR, Batch, Feedback
+from sheily_train.colab.batches import BINARY_FORM, JSON_FORM, MAX_SAMPLES, VECTOR, Batch, Feedback, make_batch
 from sheily_train.colab.docs_page import DOCS_PAGE
 from sheily_train.colab.intake import (
     MAX_SEED,
@@ -123,6 +123,10 @@ class WorkerApp:
         """Answer one ASGI connection."""
         await self._app(scope, receive, send)
 
+    def warm_up(self) -> None:
+        """Do once what is slow the first time: libraries, kernels, CUDA's context. Raises what a learner raises."""
+        self._worker.warm_up()
+
     def close(self) -> None:
         """Finish what is queued, save every run and stop. Again: nothing.
 
@@ -181,6 +185,15 @@ class OmegaWorker:
         self._parameters: tuple[int, int] | None = None
         self._meters = WorkerMeters(lambda: self._thread.waiting)
         self._closed = False
+
+    def warm_up(self) -> None:
+        """Teach a learner that is thrown away one vector, on the learner thread.
+
+        A second thread that computes would have a pool of OpenMP threads of its own; two pools on few cores go to sleep
+        between any two steps, which costs a third of the speed.
+        """
+        batch = make_batch(np.zeros((1, VECTOR), np.float32))
+        self._thread.submit(lambda: self._make_learner(0).train(batch, 0)).result()
 
     def close(self) -> None:
         """Finish what is queued, save every run and stop."""

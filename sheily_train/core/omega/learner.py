@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sheily_train.colab.batches import DENDRITES, VECTOR, Batch, Feedback
+from sheily_train.colab.batches import DENDRITES, Batch, Feedback
 from sheily_train.core.omega.model import HIDDEN, Cortex, CortezaCognitivaV4
 from sheily_train.core.omega.objective import anomaly_loss, coherence_target, dendrite_loss, visible_subspaces
 from sheily_train.core.omega.wide import WideLinear
@@ -258,12 +258,6 @@ class Learner:
 
     def _random(self, step: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 128 + epoch) % 2**63)
-
-
-def warm_up(device: str = "auto") -> None:
-    """Do once what is slow the first time (libraries, kernels, CUDA's context), with a learner that is thrown away."""
-    zeros_NV = np.zeros((1, VECTOR), np.float32)
-    Learner(0, device).train(Batch(zeros_NV, np.zeros(1, np.int8)), step=0)
 
 
 def _adam(parts: dict[str, list[nn.Parameter]]) -> torch.optim.AdamW:
