@@ -1866,7 +1866,7 @@ def _no_snapshot() -> RefusedError:
 # vector's surprise. It needs no label, and says most of what an anomaly detector can know after a few dozen vectors; the
 # network's anomaly head starts from it.
 #
-# Everything here is state without gradient: moments are updated by :meth:`Surprise.update`, and by nothing else.
+# Everything here is state without gradient; it changes only when vectors are read together with which are usual.
 # Shapes: N vectors, V = 1600, S = 25 subspaces, W = 64 numbers in each, F = 16 statistics, P pooled numbers.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1914,6 +1914,21 @@ class Moments(nn.Module):
         return ((values.double() - self.mean) / (self.variance + least).sqrt()).clamp(-limit, limit).float()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read off N vectors, all of it in standard deviations.
+
+    Attributes:
+        x_NSW: the vectors.
+        statistics_NSF: the sixteen statistics of each subspace.
+        surprise_NP: the pooled surprise.
+    """
+
+    x_NSW: Tensor
+    statistics_NSF: Tensor
+    surprise_NP: Tensor
+
+
 class Surprise(nn.Module):
     """The running moments of a stream of vectors, and each vector's distance from them."""
 
@@ -1928,31 +1943,39 @@ class Surprise(nn.Module):
         self.register_buffer("weights", torch.zeros(()))
         self.register_buffer("products", torch.zeros(STATISTICS, SUBSPACES, SUBSPACES))
 
-    def update(self, input_NV: Tensor, usual_N: Tensor) -> None:
-        """Take vectors in; only those marked in ``usual_N`` (bool) tell what is usual, unless nothing else is known."""
-        if not usual_N.any():
-            if self.inputs.count > 0:
-                return
-            usual_N = torch.ones_like(usual_N)
+    def forward(self, input_NV: Tensor, usual_N: Tensor | None = None) -> Reading:
+        """Read vectors; when ``usual_N`` (bool) is given, learn first what is usual from those that it marks.
+
+        Vectors of which none is usual teach nothing, unless nothing at all is known yet.
+        """
+        if usual_N is None or not (usual_N.any() or self.inputs.count == 0):
+            x_NSW = self.standardise(input_NV)
+            z_NSF = self.statistics.standardise(summarise(x_NSW))
+            return Reading(x_NSW, z_NSF, self._standardise_pooled(self._pool(z_NSF)))
+        usual_N = usual_N if usual_N.any() else torch.ones_like(usual_N)
         self.inputs.update(input_NV[usual_N])
-        statistics_NSF = summarise(self.standardise(input_NV[usual_N]))
-        self.statistics.update(statistics_NSF)
+        x_NSW = self.standardise(input_NV)
+        statistics_NSF = summarise(x_NSW)
+        self.statistics.update(statistics_NSF[usual_N])
         z_NSF = self.statistics.standardise(statistics_NSF)
-        self.products += torch.einsum("nsf,ntf->fst", z_NSF, z_NSF)
-        self.weights += len(z_NSF)
-        if self.weights > MEMORY:
-            self.products *= MEMORY / self.weights
-            self.weights.fill_(MEMORY)
-        self.pooled.update(self._pool(z_NSF))
+        self._add_products(z_NSF[usual_N])
+        pooled_NP = self._pool(z_NSF)
+        self.pooled.update(pooled_NP[usual_N])
+        return Reading(x_NSW, z_NSF, self._standardise_pooled(pooled_NP))
 
     def standardise(self, input_NV: Tensor) -> Tensor:
         """The vectors in standard deviations of each of the 1,600 positions: [N, S, W]."""
         return self.inputs.standardise(input_NV, limit=2 * _LIMIT).view(-1, SUBSPACES, WIDTH)
 
-    def forward(self, x_NSW: Tensor) -> tuple[Tensor, Tensor]:
-        """Of standardised vectors: their statistics [N, S, F] and their pooled surprise [N, P], both standardised."""
-        z_NSF = self.statistics.standardise(summarise(x_NSW))
-        return z_NSF, self.pooled.standardise(self._pool(z_NSF), floor=1e-2, limit=5.0)
+    def _standardise_pooled(self, pooled_NP: Tensor) -> Tensor:
+        return self.pooled.standardise(pooled_NP, floor=1e-2, limit=5.0)
+
+    def _add_products(self, z_NSF: Tensor) -> None:
+        self.products += torch.einsum("nsf,ntf->fst", z_NSF, z_NSF)
+        self.weights += len(z_NSF)
+        if self.weights > MEMORY:
+            self.products *= MEMORY / self.weights
+            self.weights.fill_(MEMORY)
 
     def _pool(self, z_NSF: Tensor) -> Tensor:
         against_others_NSF = self._against_others(z_NSF)
@@ -2107,12 +2130,12 @@ class CortezaCognitivaV4(nn.Module):
             nn.init.normal_(head.weight, std=size)
             nn.init.zeros_(head.bias)
 
-    def forward(self, x_NSW: Tensor, visible_NS: Tensor | None = None) -> Cortex:
-        """Read standardised vectors; layers 2 to 4 see only the subspaces marked in ``visible_NS`` (1 or 0).
+    def forward(self, reading: Reading, visible_NS: Tensor | None = None) -> Cortex:
+        """Judge what ``surprise`` read; layers 2 to 4 see only the subspaces marked in ``visible_NS`` (1 or 0).
 
         The anomaly head reads every subspace's statistics all the same.
         """
-        z_NSF, surprise_NP = self.surprise(x_NSW)
+        x_NSW, z_NSF = reading.x_NSW, reading.statistics_NSF
         seen_NS1 = torch.ones_like(x_NSW[..., :1]) if visible_NS is None else visible_NS[..., None]
         layer2_NSW = self.layer2(x_NSW * seen_NS1)
         # A sum divided by the root of the count: noise keeps its size however many subspaces are seen.
@@ -2120,7 +2143,7 @@ class CortezaCognitivaV4(nn.Module):
         layer3_NH = self.layer3(layer2_NSW.flatten(1), (z_NSF * seen_NS1).flatten(1), pooled_NW)
         layer4_NH = self.layer4(layer3_NH)
         return Cortex(
-            anomaly_N=self.anomaly(layer4_NH, surprise_NP),
+            anomaly_N=self.anomaly(layer4_NH, reading.surprise_NP),
             dendrites_ND=torch.tanh(self.dendrites(layer4_NH)),
             coherence_NC=torch.tanh(self.coherence(layer4_NH)),
             layer4_NH=layer4_NH,
@@ -2456,15 +2479,14 @@ class Learner:
         """
         input_NV = torch.from_numpy(batch.input_data).to(self.device)
         labels_N = torch.from_numpy(batch.labels).to(self.device)
-        self.model.surprise.update(input_NV, labels_N != 1)
-        x_NSW = self.model.surprise.standardise(input_NV)
-        target_NC = coherence_target(x_NSW)
+        reading = self.model.surprise(input_NV, labels_N != 1)
+        target_NC = coherence_target(reading.x_NSW)
         for epoch in range(batch.epochs):
             visible_NS = visible_subspaces(len(batch), self._random(step, epoch)).to(self.device)
-            cortex = self.model(x_NSW, visible_NS)
+            cortex = self.model(reading, visible_NS)
             objectives = {
                 "anomaly": anomaly_loss(cortex.anomaly_N, labels_N),
-                "reconstruction": (cortex.rebuilt_NSW - x_NSW).square().mean(),
+                "reconstruction": (cortex.rebuilt_NSW - reading.x_NSW).square().mean(),
                 "coherence": (cortex.coherence_NC - target_NC).square().mean(),
             }
             loss = torch.stack(list(objectives.values())).sum()
@@ -2489,7 +2511,7 @@ class Learner:
         parts = []
         for start in range(0, len(input_data), _AT_ONCE):
             input_NV = torch.from_numpy(input_data[start : start + _AT_ONCE]).to(self.device)
-            cortex = self.model(self.model.surprise.standardise(input_NV))
+            cortex = self.model(self.model.surprise(input_NV))
             parts.append((torch.sigmoid(cortex.anomaly_N), cortex.dendrites_ND, cortex.coherence_NC))
         anomaly_N, dendrites_ND, coherence_NC = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
         return Prediction(anomaly_N, dendrites_ND, coherence_NC, THRESHOLD)

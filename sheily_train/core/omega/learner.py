@@ -154,15 +154,14 @@ class Learner:
         """
         input_NV = torch.from_numpy(batch.input_data).to(self.device)
         labels_N = torch.from_numpy(batch.labels).to(self.device)
-        self.model.surprise.update(input_NV, labels_N != 1)
-        x_NSW = self.model.surprise.standardise(input_NV)
-        target_NC = coherence_target(x_NSW)
+        reading = self.model.surprise(input_NV, labels_N != 1)
+        target_NC = coherence_target(reading.x_NSW)
         for epoch in range(batch.epochs):
             visible_NS = visible_subspaces(len(batch), self._random(step, epoch)).to(self.device)
-            cortex = self.model(x_NSW, visible_NS)
+            cortex = self.model(reading, visible_NS)
             objectives = {
                 "anomaly": anomaly_loss(cortex.anomaly_N, labels_N),
-                "reconstruction": (cortex.rebuilt_NSW - x_NSW).square().mean(),
+                "reconstruction": (cortex.rebuilt_NSW - reading.x_NSW).square().mean(),
                 "coherence": (cortex.coherence_NC - target_NC).square().mean(),
             }
             loss = torch.stack(list(objectives.values())).sum()
@@ -187,7 +186,7 @@ class Learner:
         parts = []
         for start in range(0, len(input_data), _AT_ONCE):
             input_NV = torch.from_numpy(input_data[start : start + _AT_ONCE]).to(self.device)
-            cortex = self.model(self.model.surprise.standardise(input_NV))
+            cortex = self.model(self.model.surprise(input_NV))
             parts.append((torch.sigmoid(cortex.anomaly_N), cortex.dendrites_ND, cortex.coherence_NC))
         anomaly_N, dendrites_ND, coherence_NC = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
         return Prediction(anomaly_N, dendrites_ND, coherence_NC, THRESHOLD)

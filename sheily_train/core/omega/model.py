@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sheily_train.colab.batches import COHERENCE, DENDRITES, VECTOR
-from sheily_train.core.omega.surprise import POOLED, STATISTICS, SUBSPACES, WIDTH, Surprise
+from sheily_train.core.omega.surprise import POOLED, STATISTICS, SUBSPACES, WIDTH, Reading, Surprise
 from sheily_train.core.omega.wide import WideLinear
 
 HIDDEN = 512
@@ -66,12 +66,12 @@ class CortezaCognitivaV4(nn.Module):
             nn.init.normal_(head.weight, std=size)
             nn.init.zeros_(head.bias)
 
-    def forward(self, x_NSW: Tensor, visible_NS: Tensor | None = None) -> Cortex:
-        """Read standardised vectors; layers 2 to 4 see only the subspaces marked in ``visible_NS`` (1 or 0).
+    def forward(self, reading: Reading, visible_NS: Tensor | None = None) -> Cortex:
+        """Judge what ``surprise`` read; layers 2 to 4 see only the subspaces marked in ``visible_NS`` (1 or 0).
 
         The anomaly head reads every subspace's statistics all the same.
         """
-        z_NSF, surprise_NP = self.surprise(x_NSW)
+        x_NSW, z_NSF = reading.x_NSW, reading.statistics_NSF
         seen_NS1 = torch.ones_like(x_NSW[..., :1]) if visible_NS is None else visible_NS[..., None]
         layer2_NSW = self.layer2(x_NSW * seen_NS1)
         # A sum divided by the root of the count: noise keeps its size however many subspaces are seen.
@@ -79,7 +79,7 @@ class CortezaCognitivaV4(nn.Module):
         layer3_NH = self.layer3(layer2_NSW.flatten(1), (z_NSF * seen_NS1).flatten(1), pooled_NW)
         layer4_NH = self.layer4(layer3_NH)
         return Cortex(
-            anomaly_N=self.anomaly(layer4_NH, surprise_NP),
+            anomaly_N=self.anomaly(layer4_NH, reading.surprise_NP),
             dendrites_ND=torch.tanh(self.dendrites(layer4_NH)),
             coherence_NC=torch.tanh(self.coherence(layer4_NH)),
             layer4_NH=layer4_NH,

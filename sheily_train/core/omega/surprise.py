@@ -6,13 +6,14 @@ other 24 subspaces of the same vector lead one to expect of each; the difference
 vector's surprise. It needs no label, and says most of what an anomaly detector can know after a few dozen vectors; the
 network's anomaly head starts from it.
 
-Everything here is state without gradient: moments are updated by :meth:`Surprise.update`, and by nothing else.
+Everything here is state without gradient; it changes only when vectors are read together with which are usual.
 Shapes: N vectors, V = 1600, S = 25 subspaces, W = 64 numbers in each, F = 16 statistics, P pooled numbers.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,21 @@ class Moments(nn.Module):
         return ((values.double() - self.mean) / (self.variance + least).sqrt()).clamp(-limit, limit).float()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read off N vectors, all of it in standard deviations.
+
+    Attributes:
+        x_NSW: the vectors.
+        statistics_NSF: the sixteen statistics of each subspace.
+        surprise_NP: the pooled surprise.
+    """
+
+    x_NSW: Tensor
+    statistics_NSF: Tensor
+    surprise_NP: Tensor
+
+
 class Surprise(nn.Module):
     """The running moments of a stream of vectors, and each vector's distance from them."""
 
@@ -75,31 +91,39 @@ class Surprise(nn.Module):
         self.register_buffer("weights", torch.zeros(()))
         self.register_buffer("products", torch.zeros(STATISTICS, SUBSPACES, SUBSPACES))
 
-    def update(self, input_NV: Tensor, usual_N: Tensor) -> None:
-        """Take vectors in; only those marked in ``usual_N`` (bool) tell what is usual, unless nothing else is known."""
-        if not usual_N.any():
-            if self.inputs.count > 0:
-                return
-            usual_N = torch.ones_like(usual_N)
+    def forward(self, input_NV: Tensor, usual_N: Tensor | None = None) -> Reading:
+        """Read vectors; when ``usual_N`` (bool) is given, learn first what is usual from those that it marks.
+
+        Vectors of which none is usual teach nothing, unless nothing at all is known yet.
+        """
+        if usual_N is None or not (usual_N.any() or self.inputs.count == 0):
+            x_NSW = self.standardise(input_NV)
+            z_NSF = self.statistics.standardise(summarise(x_NSW))
+            return Reading(x_NSW, z_NSF, self._standardise_pooled(self._pool(z_NSF)))
+        usual_N = usual_N if usual_N.any() else torch.ones_like(usual_N)
         self.inputs.update(input_NV[usual_N])
-        statistics_NSF = summarise(self.standardise(input_NV[usual_N]))
-        self.statistics.update(statistics_NSF)
+        x_NSW = self.standardise(input_NV)
+        statistics_NSF = summarise(x_NSW)
+        self.statistics.update(statistics_NSF[usual_N])
         z_NSF = self.statistics.standardise(statistics_NSF)
-        self.products += torch.einsum("nsf,ntf->fst", z_NSF, z_NSF)
-        self.weights += len(z_NSF)
-        if self.weights > MEMORY:
-            self.products *= MEMORY / self.weights
-            self.weights.fill_(MEMORY)
-        self.pooled.update(self._pool(z_NSF))
+        self._add_products(z_NSF[usual_N])
+        pooled_NP = self._pool(z_NSF)
+        self.pooled.update(pooled_NP[usual_N])
+        return Reading(x_NSW, z_NSF, self._standardise_pooled(pooled_NP))
 
     def standardise(self, input_NV: Tensor) -> Tensor:
         """The vectors in standard deviations of each of the 1,600 positions: [N, S, W]."""
         return self.inputs.standardise(input_NV, limit=2 * _LIMIT).view(-1, SUBSPACES, WIDTH)
 
-    def forward(self, x_NSW: Tensor) -> tuple[Tensor, Tensor]:
-        """Of standardised vectors: their statistics [N, S, F] and their pooled surprise [N, P], both standardised."""
-        z_NSF = self.statistics.standardise(summarise(x_NSW))
-        return z_NSF, self.pooled.standardise(self._pool(z_NSF), floor=1e-2, limit=5.0)
+    def _standardise_pooled(self, pooled_NP: Tensor) -> Tensor:
+        return self.pooled.standardise(pooled_NP, floor=1e-2, limit=5.0)
+
+    def _add_products(self, z_NSF: Tensor) -> None:
+        self.products += torch.einsum("nsf,ntf->fst", z_NSF, z_NSF)
+        self.weights += len(z_NSF)
+        if self.weights > MEMORY:
+            self.products *= MEMORY / self.weights
+            self.weights.fill_(MEMORY)
 
     def _pool(self, z_NSF: Tensor) -> Tensor:
         against_others_NSF = self._against_others(z_NSF)

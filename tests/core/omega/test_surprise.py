@@ -28,8 +28,8 @@ def test_inputs_of_any_scale_look_alike_once_standardised(scale: float, offset: 
     plain, moved = Surprise(), Surprise()
     stream = vectors(64)
     seen = torch.from_numpy((stream.double().numpy() * scale + offset).astype(np.float64))
-    plain.update(stream, torch.ones(64, dtype=torch.bool))
-    moved.update(seen, torch.ones(64, dtype=torch.bool))
+    plain(stream, torch.ones(64, dtype=torch.bool))
+    moved(seen, torch.ones(64, dtype=torch.bool))
     assert torch.allclose(plain.standardise(stream), moved.standardise(seen), atol=1e-3)
 
 
@@ -37,28 +37,28 @@ def test_a_position_that_never_moves_is_no_division_by_zero() -> None:
     """Constant vectors, and constant positions, stay finite in every statistic."""
     for stream in (torch.zeros(8, 1600), vectors(8) * (torch.arange(1600) > 800)):
         surprise = Surprise()
-        surprise.update(stream, torch.ones(8, dtype=torch.bool))
-        statistics, pooled = surprise(surprise.standardise(stream))
-        assert torch.isfinite(statistics).all()
-        assert torch.isfinite(pooled).all()
+        surprise(stream, torch.ones(8, dtype=torch.bool))
+        reading = surprise(stream)
+        assert torch.isfinite(reading.statistics_NSF).all()
+        assert torch.isfinite(reading.surprise_NP).all()
 
 
 def test_labelled_anomalies_do_not_tell_what_is_usual() -> None:
     """A batch with marked outliers leaves the moments of the batch without them."""
     stream, wild = vectors(32), vectors(8, 1) * 100
     clean, mixed = Surprise(), Surprise()
-    clean.update(stream, torch.ones(32, dtype=torch.bool))
-    mixed.update(torch.cat([stream, wild]), torch.arange(40) < 32)
+    clean(stream, torch.ones(32, dtype=torch.bool))
+    mixed(torch.cat([stream, wild]), torch.arange(40) < 32)
     assert all(torch.equal(a, b) for a, b in zip(clean.buffers(), mixed.buffers(), strict=True))
 
 
 def test_anomalies_alone_count_only_when_nothing_else_is_known() -> None:
     """The first vectors set the scale whatever their label; afterwards a batch of anomalies changes nothing."""
     surprise, nothing_usual = Surprise(), torch.zeros(8, dtype=torch.bool)
-    surprise.update(vectors(8), nothing_usual)
+    surprise(vectors(8), nothing_usual)
     assert surprise.inputs.count == 8
     before = [buffer.clone() for buffer in surprise.buffers()]
-    surprise.update(vectors(8, 1), nothing_usual)
+    surprise(vectors(8, 1), nothing_usual)
     assert all(torch.equal(a, b) for a, b in zip(before, surprise.buffers(), strict=True))
 
 
@@ -88,15 +88,15 @@ def test_what_the_other_subspaces_lead_to_expect_shows_the_odd_one() -> None:
         return torch.from_numpy((common + rng.normal(size=(count, SUBSPACES, 64))).astype(np.float32)).flatten(1)
 
     surprise = Surprise()
-    surprise.update(together(500), torch.ones(500, dtype=torch.bool))
+    surprise(together(500), torch.ones(500, dtype=torch.bool))
     usual, odd = together(50), together(50)
     odd.view(50, SUBSPACES, 64)[:, 7] += 2
-    strangeness = [surprise(surprise.standardise(part))[1].abs().amax(1) for part in (usual, odd)]
+    strangeness = [surprise(part).surprise_NP.abs().amax(1) for part in (usual, odd)]
     assert strangeness[1].min() > strangeness[0].median()
 
 
 def test_pooled_surprise_has_the_announced_width() -> None:
     """The anomaly head is built for POOLED numbers."""
     surprise = Surprise()
-    surprise.update(vectors(4), torch.ones(4, dtype=torch.bool))
-    assert surprise(surprise.standardise(vectors(4)))[1].shape == (4, POOLED)
+    surprise(vectors(4), torch.ones(4, dtype=torch.bool))
+    assert surprise(vectors(4)).surprise_NP.shape == (4, POOLED)
