@@ -187,7 +187,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 #     ├── MissingExtraError    8   an optional package that is not installed
 #     ├── WorkerError          9   a worker's answer that cannot be used: an HTML page, a cut body, another history
 #     │   ├── UnreachableError 10  no answer after every retry; nothing is lost, the run waits
-#     │   └── RefusedError     11  a request that a worker does not accept: token, samples, order, owner
+#     │   ├── RefusedError     11  a request that a worker does not accept: token, samples, order, owner
+#     │   ├── OutOfStep        12  a worker that is not where the client thought, and stays so when attached to again
+#     │   └── NoRuns           13  a plain OMEGA 21 v4.0 worker, asked to go on with a run
 #     └── Interrupted        130   stopped by Ctrl-C or SIGTERM, with everything saved
 #
 # The number is the exit code of the command line. Anything else that is raised is a defect of the program: it leaves with
@@ -308,6 +310,27 @@ class RefusedError(WorkerError):
         self.status = status
         self.code = code
         self.facts = facts
+
+
+class OutOfStep(WorkerError):
+    """The worker is not where the client thought: it is attached to again.
+
+    Args:
+        code: the worker's word for it: ``gap``, ``detached`` or ``restarted``.
+        expected: the event it waits for, if it said so.
+    """
+
+    exit_code = 12
+
+    def __init__(self, code: str, message: str, expected: int | None = None) -> None:
+        super().__init__(message, mend=_es("Repite la orden."))
+        self.code, self.expected = code, expected
+
+
+class NoRuns(WorkerError):
+    """The worker has no ``POST /run``: a plain v4.0."""
+
+    exit_code = 13
 
 
 class Interrupted(SheilyError):
@@ -3909,8 +3932,8 @@ def serve(
             settings, host=host, port=port, tunnel=tunnel, no_auth=no_auth, notify=announce, farewell=farewell
         )
         try:
-            while worker.running and not signals.stopping.wait(0.2):
-                pass
+            while worker.running and not signals.stop_asked:
+                time.sleep(0.2)
         finally:
             worker.stop()
     notify(_es("Guardado en {folder}. La misma orden sigue donde quedó.").format(folder=settings.state_dir))
@@ -4171,7 +4194,7 @@ class _StopSignals:
     """Turns the first Ctrl-C, SIGTERM or hang-up into a request to stop; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.stopping = threading.Event()
+        self.stop_asked = False  # no Event: set by a handler in the midst of the main thread's wait, it would lock up
         self.worker_answers = False
         self._previous: dict[int, Any] = {}
 
@@ -4189,7 +4212,7 @@ class _StopSignals:
         self._restore()
         if not self.worker_answers:
             raise Interrupted(_es("El trabajador se paró antes de atender."))
-        self.stopping.set()
+        self.stop_asked = True
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -10,7 +10,9 @@
     ├── MissingExtraError    8   an optional package that is not installed
     ├── WorkerError          9   a worker's answer that cannot be used: an HTML page, a cut body, another history
     │   ├── UnreachableError 10  no answer after every retry; nothing is lost, the run waits
-    │   └── RefusedError     11  a request that a worker does not accept: token, samples, order, owner
+    │   ├── RefusedError     11  a request that a worker does not accept: token, samples, order, owner
+    │   ├── OutOfStep        12  a worker that is not where the client thought, and stays so when attached to again
+    │   └── NoRuns           13  a plain OMEGA 21 v4.0 worker, asked to go on with a run
     └── Interrupted        130   stopped by Ctrl-C or SIGTERM, with everything saved
 
 The number is the exit code of the command line. Anything else that is raised is a defect of the program: it leaves with
@@ -135,6 +137,27 @@ class RefusedError(WorkerError):
         self.status = status
         self.code = code
         self.facts = facts
+
+
+class OutOfStep(WorkerError):
+    """The worker is not where the client thought: it is attached to again.
+
+    Args:
+        code: the worker's word for it: ``gap``, ``detached`` or ``restarted``.
+        expected: the event it waits for, if it said so.
+    """
+
+    exit_code = 12
+
+    def __init__(self, code: str, message: str, expected: int | None = None) -> None:
+        super().__init__(message, mend=_("Repite la orden."))
+        self.code, self.expected = code, expected
+
+
+class NoRuns(WorkerError):
+    """The worker has no ``POST /run``: a plain v4.0."""
+
+    exit_code = 13
 
 
 class Interrupted(SheilyError):

@@ -20,14 +20,14 @@ from sheily_train import paths
 from sheily_train.colab.address import parse_address
 from sheily_train.colab.answers import PATHS, Totals, event_record
 from sheily_train.colab.batches import JSON_FORM, Batch, Feedback, make_feedback
-from sheily_train.colab.delivery import Delivery, Draft, NoRuns, Supply
+from sheily_train.colab.delivery import Delivery, Draft, Supply
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import RUN_HEADER, Kind, check_run_id
 from sheily_train.colab.pulled import PulledStates
 from sheily_train.colab.samples import Samples, batches_of, encode, one_batch
-from sheily_train.colab.verdicts import Hiccup, OutOfStep
+from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import FORMS, ClientSettings, Record, Wire
-from sheily_train.errors import RequestError, UnreachableError, WorkerError
+from sheily_train.errors import NoRuns, OutOfStep, RequestError, UnreachableError, WorkerError
 from sheily_train.i18n import _
 
 DEFAULT_RUN = "principal"

@@ -22,9 +22,9 @@ from sheily_train.colab.batches import BINARY_FORM
 from sheily_train.colab.journal import Entry, Journal
 from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, RUN_HEADER, Claim, Kind
 from sheily_train.colab.pulled import PulledState, PulledStates, another_history
-from sheily_train.colab.verdicts import Hiccup, OutOfStep, foreign
+from sheily_train.colab.verdicts import Hiccup, foreign
 from sheily_train.colab.wire import ClientSettings, Record, Wire
-from sheily_train.errors import RefusedError, WorkerError
+from sheily_train.errors import NoRuns, OutOfStep, RefusedError, WorkerError
 from sheily_train.i18n import _
 
 Draft = tuple[Kind, str, bytes]
@@ -33,10 +33,6 @@ Supply = Callable[[int], list[Draft]]
 """Gives up to so many next events; none when there are no more. It is called in a thread of its own."""
 
 _WITHDRAWN = {"invalid", "too_large", "form", "encoding"}
-
-
-class NoRuns(WorkerError):
-    """The worker has no ``POST /run``: a plain v4.0."""
 
 
 @dataclass(frozen=True)

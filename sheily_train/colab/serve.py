@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -99,8 +100,8 @@ def serve(
             settings, host=host, port=port, tunnel=tunnel, no_auth=no_auth, notify=announce, farewell=farewell
         )
         try:
-            while worker.running and not signals.stopping.wait(0.2):
-                pass
+            while worker.running and not signals.stop_asked:
+                time.sleep(0.2)
         finally:
             worker.stop()
     notify(_("Guardado en {folder}. La misma orden sigue donde quedó.").format(folder=settings.state_dir))
@@ -361,7 +362,7 @@ class _StopSignals:
     """Turns the first Ctrl-C, SIGTERM or hang-up into a request to stop; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.stopping = threading.Event()
+        self.stop_asked = False  # no Event: set by a handler in the midst of the main thread's wait, it would lock up
         self.worker_answers = False
         self._previous: dict[int, Any] = {}
 
@@ -379,7 +380,7 @@ class _StopSignals:
         self._restore()
         if not self.worker_answers:
             raise Interrupted(_("El trabajador se paró antes de atender."))
-        self.stopping.set()
+        self.stop_asked = True
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -18,7 +18,7 @@ import httpx2
 import orjson
 
 from sheily_train.colab.answers import misfit
-from sheily_train.errors import RefusedError, UnreachableError, WorkerError
+from sheily_train.errors import OutOfStep, RefusedError, UnreachableError, WorkerError
 from sheily_train.i18n import _
 
 _AWAY = {408, 429, 502, 503, 504, *range(520, 531)}
@@ -41,14 +41,6 @@ class Hiccup(Exception):
     ) -> None:
         super().__init__(text)
         self.reason, self.text, self.wait, self.final = reason, text, wait, final
-
-
-class OutOfStep(WorkerError):
-    """The worker's ``gap``, ``detached`` or ``restarted``; ``expected`` is the event it waits for, if it said so."""
-
-    def __init__(self, code: str, message: str, expected: int | None = None) -> None:
-        super().__init__(message, mend=_("Repite la orden."))
-        self.code, self.expected = code, expected
 
 
 @dataclass(frozen=True)
