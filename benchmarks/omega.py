@@ -6,7 +6,7 @@ learning  a fresh network, 512 labelled vectors in 8 batches of 64 through clien
           of each type: AUROC on 1,000 fresh vectors; the coherence objective of the last batch against the first; the
           distance of the dendrites to the adjustments that feedback validated, last against first
 speed     vectors a second: the learner called in its own process; client and worker over loopback in binary (journalled
-          and pipelined) and in JSON; the same in binary with 100 ms added to every round trip. In turn, five rounds.
+          and pipelined) and in JSON; the same in binary with 100 ms added to every round trip. In turn, three rounds.
           Then how long /health and /status take while the worker trains
 table     seconds to connect, to make 500 vectors, to train 8 batches, and of the whole command
 
@@ -40,7 +40,7 @@ from sheily_train.core.omega.generator import TYPES, GeneradorDatosEntrenamiento
 from sheily_train.core.training.hardware import fingerprint
 
 SEEDS, BATCH, LESSONS, FRESH = 5, 64, 512, 1000
-TIMED_BATCHES, ROUNDS, ADDED_SECONDS = 96, 5, 0.1
+TIMED_BATCHES, ROUNDS, ADDED_SECONDS = 64, 3, 0.1
 
 IN_PROCESS = f"""
 import sys, time
