@@ -25,6 +25,7 @@ from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import RUN_HEADER, Kind, check_run_id
 from sheily_train.colab.pulled import PulledStates
 from sheily_train.colab.samples import Samples, batches_of, encode, one_batch
+from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import FORMS, ClientSettings, Record, Wire
 from sheily_train.errors import NoRuns, OutOfStep, RequestError, UnreachableError, WorkerError
@@ -169,7 +170,7 @@ class ClienteColabAsincrono:
             if self._opened is not None:
                 journal, states, _delivery = self._opened
                 await states.finish(cancel=True)
-                await asyncio.to_thread(journal.close)
+                await in_thread(journal.close)
             await self._wire.close_connections()
 
     async def __aenter__(self) -> Self:
@@ -191,7 +192,7 @@ class ClienteColabAsincrono:
 
     async def _deliver(self, supply: Supply | None = None) -> list[dict[str, Any]]:
         if self._opened is None:
-            await asyncio.to_thread(self._parts)
+            await in_thread(self._parts)
         return await self._parts()[2].run(supply)
 
     async def _apply(self, contents: list[tuple[Kind, Batch | Feedback]]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from sheily_train.colab.batches import BINARY_FORM
 from sheily_train.colab.journal import Entry, Journal
 from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, RUN_HEADER, Claim, Kind
 from sheily_train.colab.pulled import PulledState, PulledStates, another_history
+from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup, foreign
 from sheily_train.colab.wire import ClientSettings, Record, Wire
 from sheily_train.errors import NoRuns, OutOfStep, RefusedError, WorkerError
@@ -100,10 +101,10 @@ class Delivery:
                 ) from refusal
             raise
         self._ghosts -= 1
-        await asyncio.to_thread(self._note_owner, worker)
+        await in_thread(self._note_owner, worker)
         self._check_history(worker["last_seq"], worker["chain"])
         reached: int = worker["last_seq"]
-        if state := await asyncio.to_thread(self._state_to_push, reached):
+        if state := await in_thread(self._state_to_push, reached):
             reached = await self._push_or_replay(state, reached, worker["owner"])
         self._settled = min(reached, self._journal.answered_seq)
         if self._settled < self._journal.pruned_seq:
@@ -241,7 +242,7 @@ class Delivery:
     async def _next(self, seq: int, count: int) -> Entry | None:
         """The event to send next: from the journal or, at its end, from the supply, by way of the journal."""
         if seq not in self._ready:
-            self._ready.update(await asyncio.to_thread(self._read_or_write, seq, count))
+            self._ready.update(await in_thread(self._read_or_write, seq, count))
         return self._ready.get(seq)
 
     def _read_or_write(self, seq: int, count: int) -> dict[int, Entry]:
@@ -272,7 +273,7 @@ class Delivery:
     async def _settle(self, arrived: list[_Sent]) -> None:
         """Write the answers down, then tell of them, in order."""
         bodies = [(sent.entry, sent.task.result()) for sent in arrived]
-        await asyncio.to_thread(self._write_answers, bodies)
+        await in_thread(self._write_answers, bodies)
         for sent, (entry, body) in zip(arrived, bodies, strict=True):
             seq = entry.event.seq
             self._settled = seq
@@ -323,13 +324,13 @@ class Delivery:
             return
         with contextlib.suppress(WorkerError):  # it stays, and is taken back next time
             if await self._wire.retried(self._attach_again) < seq <= self._journal.last_seq:
-                await asyncio.to_thread(self._journal.withdraw, seq)
+                await in_thread(self._journal.withdraw, seq)
 
     async def discard(self) -> int:
         """Remove from the journal the events that have no answer and that the worker has not applied; how many."""
         self._ready.clear()
         reached = await self._wire.retried(self._attach_again)
-        return await asyncio.to_thread(self._withdraw, max(reached, self._journal.answered_seq) + 1)
+        return await in_thread(self._withdraw, max(reached, self._journal.answered_seq) + 1)
 
     async def _attach_again(self) -> int:
         try:

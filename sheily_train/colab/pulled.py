@@ -19,6 +19,7 @@ import orjson
 from sheily_train import durable
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import DIGEST_HEADER, RUN_HEADER, SEQ_HEADER
+from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import PIECE, ClientSettings, Record, Wire
 from sheily_train.errors import SheilyError, WorkerError
@@ -100,7 +101,7 @@ class PulledStates:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 seq, sha256 = await self._wire.retried(lambda: self._fetch(part))
-                kept = await asyncio.to_thread(self._keep, PulledState(seq, sha256, part))
+                kept = await in_thread(self._keep, PulledState(seq, sha256, part))
             finally:
                 part.unlink(missing_ok=True)
         seconds = round(time.monotonic() - begun, 3)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from sheily_train.colab.batches import BINARY_FORM, batch_from_binary, batch_from_json, feedback_from_binary, make_batch
+from sheily_train.colab.batches import (
+    BINARY_FORM,
+    batch_from_binary,
+    batch_from_json,
+    batch_to_binary,
+    feedback_from_binary,
+    make_batch,
+)
 from sheily_train.colab.client import ClienteColabAsincrono, ClienteColabEntrenamiento
+from sheily_train.colab.delivery import Draft
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import Kind
 from sheily_train.colab.snapshots import unpack_snapshot
@@ -100,8 +109,8 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    server = Served(tmp_path / "worker")
+def served(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    server = Served(tmp_path / "worker", **getattr(request, "param", {}))
     yield server
     server.close()
 
@@ -961,6 +970,14 @@ def test_the_blocking_client_has_the_same_methods(tmp_path: Path, worker: Worker
     check_applied_once(tmp_path, worker)
 
 
+class Slow(TinyLearner):
+    """A network that needs 20 ms a batch: what a test interrupts is not over before the interruption arrives."""
+
+    def __init__(self, seed: int, device: str = "auto") -> None:
+        super().__init__(seed, device, seconds=0.02)
+
+
+@pytest.mark.parametrize("served", [{"factory": Slow}], indirect=True)
 def test_ctrl_c_in_the_blocking_client_leaves_a_run_that_goes_on(tmp_path: Path, served: Served) -> None:
     """An interruption while answers are awaited ends the call and closes the journal; the rest is delivered later."""
     code = f"""if True:
@@ -1059,6 +1076,43 @@ def test_the_client_loads_no_torch() -> None:
     code = f"import sys, {', '.join(modules)}\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_cancelled_call_takes_nothing_of_the_next_one(tmp_path: Path, worker: WorkerApp) -> None:
+    """A call that is cancelled while a thread asks for its batches waits for that thread: no event of the next call
+    is taken by it."""
+    taken: list[str] = []
+    asked, go_on = threading.Event(), threading.Event()
+
+    def supply(name: str, count: int) -> Callable[[int], list[Draft]]:
+        drafts = iter([(Kind.TRAIN, BINARY_FORM, batch_to_binary(SAMPLES[:5]))] * count)
+
+        def give(most: int) -> list[Draft]:
+            taken.append(name)
+            if name == "first":
+                asked.set()
+                go_on.wait(5)
+            return list(islice(drafts, most))
+
+        return give
+
+    async def work(client: ClienteColabAsincrono) -> None:
+        await client.conectar()
+        delivery = client._parts()[2]
+        first = asyncio.create_task(delivery.run(supply("first", 4)))
+        await asyncio.to_thread(asked.wait, 5)
+        first.cancel()
+        await asyncio.sleep(0.05)
+        assert not first.done()
+        go_on.set()
+        await asyncio.gather(first, return_exceptions=True)
+        assert first.cancelled()
+        assert len(await delivery.run(supply("second", 3))) == 3
+
+    run(desk(tmp_path, worker), work)
+    assert taken[0] == "first"
+    assert set(taken[1:]) == {"second"}
+    check_applied_once(tmp_path, worker, 7)
 
 
 def test_cancelling_a_call_leaves_nothing_running(tmp_path: Path, worker: WorkerApp) -> None:
