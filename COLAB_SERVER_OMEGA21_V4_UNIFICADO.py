@@ -96,13 +96,13 @@ def _version_numbers(version: str) -> list[int]:
 
 install_missing([
     "fastapi>=0.128",
-    "filelock>=3.16",
+    "filelock>=3.20.3",
     "h11>=0.16",
     "limits>=5",
-    "orjson>=3.11",
+    "orjson>=3.11.6",
     "prometheus-client>=0.21",
     "safetensors>=0.5",
-    "starlette>=1.0",
+    "starlette>=1.3.1",
     "uvicorn>=0.38",
 ])
 

@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-omega train list-branches lint test clean
+.PHONY: help install demo demo-omega train list-branches lint test audit clean
 
 help: ## Muestra esta ayuda
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,6 +23,10 @@ help: ## Muestra esta ayuda
 
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/installed-audit: .venv/installed
+	$(PIP) --editable '.[audit]'
 	touch $@
 
 install: .venv/installed ## Crea .venv, instala y prepara el modelo base
@@ -56,6 +60,9 @@ lint: .venv/installed-dev ## ruff y mypy
 test: lint ## Toda la batería de pruebas, desde cero
 	$(BIN)/coverage erase
 	$(BIN)/pytest --cov --cov-report=term
+
+audit: .venv/installed-audit ## Busca fallos de seguridad conocidos en las versiones probadas (pide internet)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 clean: ## Borra .venv y lo que dejan las pruebas
 	rm -rf .venv .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -122,6 +122,37 @@ def test_demo_omega_tells_why_its_worker_did_not_start(fresh: Path) -> None:
     assert "Error: no hay sitio" in done.stdout
 
 
+def test_audit_asks_about_every_pinned_version(fresh: Path) -> None:
+    """``make audit`` installs its own tool, and only that, then gives it the pinned set; ``make test`` never does."""
+    installed(fresh)
+    commands = would_run(fresh, "audit")
+    assert [words[-1] for words in commands if "pip" in words] == [".[audit]"]
+    assert commands[-1][:3] == [".venv/bin/pip-audit", "--requirement", "constraints.txt"]
+    assert not any("pip-audit" in word for words in would_run(fresh, "test") for word in words)
+
+
+def test_audit_fails_when_a_hole_is_found(fresh: Path) -> None:
+    """What the tool finds makes make fail too."""
+    installed(fresh, **{"pip-audit": "echo 'Found 1 known vulnerability'; exit 1"})
+    (fresh / ".venv" / "installed-audit").touch()
+    done = subprocess.run(["make", "audit"], cwd=fresh, env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Found 1 known vulnerability" in done.stdout
+
+
+def test_the_audits_tool_takes_the_pinned_set(fresh: Path) -> None:
+    """The real tool, told not to ask the service, reads every line of constraints.txt with the options of make."""
+    pytest.importorskip("pip_audit", reason="the extra audit is not installed")
+    installed(fresh)
+    options = would_run(fresh, "audit")[-1][1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip_audit", *options, "--dry-run"], cwd=fresh, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").count("==")
+    assert f"would have audited {pinned} packages" in done.stderr
+
+
 def test_an_old_python_is_told(fresh: Path) -> None:
     """The first step of the installation names the Python that is needed, and how to say which one to use."""
     [check] = [words for words in would_run(fresh, "install") if "-c" in words]
