@@ -23,7 +23,7 @@ from sheily_train import paths, runlog
 from sheily_train.cli import run, sheily
 from sheily_train.colab import presets, protocol
 from sheily_train.colab.connect import seconds_of
-from sheily_train.colab.report import Summary
+from sheily_train.colab.story import Summary
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.core.branches import examples
 from sheily_train.core.branches.examples import REQUIRED_FIELDS, Code, Problem

@@ -1,4 +1,4 @@
-"""The report of a run log: its numbers, its page, and what it does with logs that are short, cut or damaged."""
+"""The report of a run log: its three files, its page, and what it does with logs that are short, cut or damaged."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,43 +15,22 @@ from xml.etree import ElementTree
 import pytest
 
 from sheily_train.colab.report import write_report
+from sheily_train.colab.story import read_story
 from sheily_train.errors import DataError, RequestError, ResourceError
-from sheily_train.runlog import RunLog
+from tests.colab.made_logs import session, step, wire, write_log
 from tests.full_disk import full_disk_after
-
-Event = tuple[str, dict[str, Any]]
-
-
-def write_log(path: Path, *events: Event) -> Path:
-    with RunLog(path) as log:
-        for event, fields in events:
-            log.write(event, **fields)
-    return path
-
-
-def step(seq: int, loss: float | None, *, samples: int = 64, anomalies: int | None = 8) -> Event:
-    return "step", {"seq": seq, "samples": samples, "loss": loss, "anomaly_prob": 0.25, "anomalies": anomalies}
-
-
-def wire(seq: int, seconds: float, attempts: int = 1, size: int = 1000) -> Event:
-    return "wire", {"seq": seq, "seconds": seconds, "attempts": attempts, "bytes": size, "queue": 0}
-
-
-def session() -> list[Event]:
-    """Eight batches and two feedbacks, with a retry, a resync and a snapshot; 492 vectors in two seconds."""
-    events: list[Event] = [("start", {"run": "principal", "seed": 3}), ("session", {"number": 1})]
-    for seq, loss in enumerate((2.0, 1.8, 1.5, 1.2, 1.0, 0.8, 0.4, 0.6), 1):
-        last = seq == 8
-        events += [step(seq, loss, samples=44 if last else 64), wire(seq, 0.1 * seq, attempts=2 if seq == 3 else 1)]
-    events += [("retry", {"reason": "502", "attempt": 1, "wait": 0.5}), ("resync", {"from_seq": 2, "to_seq": 3})]
-    for seq, good in ((9, True), (10, False)):
-        events += [("feedback", {"seq": seq, "validated": good}), wire(seq, 0.05, size=200)]
-    return [*events, ("snapshot", {"seq": 10, "bytes": 5, "seconds": 0.1}), ("done", {"seconds": 2.0})]
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     return write_log(tmp_path / "metrics.jsonl", *session())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The report of a session, to be read only."""
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(write_log(folder / "metrics.jsonl", *session()), folder / "informe.html")
 
 
 def summary(files: list[Path]) -> dict[str, Any]:
@@ -59,8 +39,9 @@ def summary(files: list[Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["informe.html", "informe.json", "informe.md", "Informe.HTML"])
-def test_any_of_the_three_names_writes_the_three(log: Path, tmp_path: Path, name: str) -> None:
+def test_any_of_the_three_names_writes_the_three(tmp_path: Path, name: str) -> None:
     """HTML, JSON and Markdown stand side by side, the named one spelt as it was asked for; nothing else is left."""
+    log = write_log(tmp_path / "metrics.jsonl", *session()[:2])
     files = write_report(log, tmp_path / name)
     stem = name.partition(".")[0]
     assert [file.name.lower() for file in files] == [f"{stem}{suffix}".lower() for suffix in (".html", ".json", ".md")]
@@ -68,41 +49,10 @@ def test_any_of_the_three_names_writes_the_three(log: Path, tmp_path: Path, name
     assert {*files, log} == set(tmp_path.iterdir())
 
 
-def test_the_numbers_are_those_of_the_log(log: Path, tmp_path: Path) -> None:
-    """Each number of the summary, worked out by hand."""
-    found = summary(write_report(log, tmp_path / "informe.json"))
-    assert found == {
-        "run": "principal",
-        "sessions": 1,
-        "finished": True,
-        "batches": 8,
-        "vectors": 492,
-        "loss_first": 2.0,
-        "loss_last": 0.6,
-        "loss_best": 0.4,
-        "loss_change": pytest.approx((0.5 - 1.9) / 1.9),
-        "tendency": "falling",
-        "anomalies": 64,
-        "anomaly_share": pytest.approx(64 / 492),
-        "anomaly_prob": pytest.approx(0.25),
-        "feedback": 2,
-        "feedback_validated": 1,
-        "feedback_rate": 0.5,
-        "latency_p50": pytest.approx(0.35),
-        "latency_p95": pytest.approx(0.755),
-        "latency_max": pytest.approx(0.8),
-        "vectors_per_second": 246.0,
-        "bytes": 8400,
-        "retries": 1,
-        "retry_reasons": {"502": 1},
-        "resyncs": 1,
-        "snapshots": 1,
-    }
-
-
-def test_page_and_notes_tell_the_same_numbers(log: Path, tmp_path: Path) -> None:
+def test_page_and_notes_tell_the_same_numbers(files: list[Path]) -> None:
     """What the JSON says stands in the HTML and in the Markdown, in Spanish."""
-    page, _json, notes = (file.read_text(encoding="utf-8") for file in write_report(log, tmp_path / "i.html"))
+    page, _json, notes = (file.read_text(encoding="utf-8") for file in files)
+    assert summary(files) == asdict(read_story(files[0].with_name("metrics.jsonl")).summary)
     for text in (page, notes):
         for words in ("8 lotes, 492 vectores", "baja", "0.6000", "13.0\u202f%", "350\u202fms", "755\u202fms", "246"):
             assert words in text
@@ -130,9 +80,9 @@ class Page(HTMLParser):
             assert not name.startswith("on"), "no script"
 
 
-def test_the_page_stands_alone(log: Path, tmp_path: Path) -> None:
+def test_the_page_stands_alone(files: list[Path]) -> None:
     """Four inline plots with a text of their own; no script, nothing from outside, no id twice, no dangling one."""
-    text = write_report(log, tmp_path / "informe.html")[0].read_text(encoding="utf-8")
+    text = files[0].read_text(encoding="utf-8")
     page = Page(text)
     assert page.tags.count("svg") == 4
     assert text.count('role="img" aria-label="') == 4
@@ -146,9 +96,9 @@ def test_the_page_stands_alone(log: Path, tmp_path: Path) -> None:
         ElementTree.fromstring(svg.replace("<svg", '<svg xmlns:xlink="x"', 1))
 
 
-def test_the_page_suits_the_screen(log: Path, tmp_path: Path) -> None:
+def test_the_page_suits_the_screen(files: list[Path]) -> None:
     """Its plots have the page's colours, which are defined for light and for dark; a phone shows it at its width."""
-    text = write_report(log, tmp_path / "informe.html")[0].read_text(encoding="utf-8")
+    text = files[0].read_text(encoding="utf-8")
     light, dark = (set(re.findall(r"(--\w+):", block)) for block in re.findall(r":root {(.*?)}", text, re.DOTALL))
     assert set(re.findall(r"var\((--\w+)\)", text)) <= light == dark
     assert "prefers-color-scheme: dark" in text
@@ -157,10 +107,10 @@ def test_the_page_suits_the_screen(log: Path, tmp_path: Path) -> None:
     assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(id="|href="#|url\(#)[\w-]+', "", svgs))
 
 
-def test_the_same_log_gives_the_same_bytes(log: Path, tmp_path: Path) -> None:
+def test_the_same_log_gives_the_same_bytes(files: list[Path], log: Path, tmp_path: Path) -> None:
     """No clock and no chance in it, so that reports can be compared."""
-    first = [file.read_bytes() for file in write_report(log, tmp_path / "informe.html")]
-    assert [file.read_bytes() for file in write_report(log, tmp_path / "informe.html")] == first
+    again = write_report(log, tmp_path / "informe.html")
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
 
 
 def test_an_empty_log_is_told_as_such(tmp_path: Path) -> None:
@@ -195,36 +145,6 @@ def test_a_cut_session_says_so_and_claims_no_rate(tmp_path: Path) -> None:
     assert "no llega al final de la sesión" in files[2].read_text(encoding="utf-8")
 
 
-def test_a_rate_counts_only_sessions_that_ended(tmp_path: Path) -> None:
-    """The vectors of a session that was cut do not make the next one faster."""
-    cut, whole = (
-        [("session", {"number": 1}), step(1, 1.0)],
-        [("session", {"number": 2}), step(2, 1.0), ("done", {"seconds": 2.0})],
-    )
-    found = summary(write_report(write_log(tmp_path / "l.jsonl", *cut, *whole), tmp_path / "i.json"))
-    assert (found["sessions"], found["vectors"], found["vectors_per_second"]) == (2, 128, 32.0)
-    untimed = [("session", {"number": 3}), step(3, 1.0), ("done", {})]
-    found = summary(write_report(write_log(tmp_path / "m.jsonl", *cut, *whole, *untimed), tmp_path / "j.json"))
-    assert (found["sessions"], found["vectors"], found["vectors_per_second"]) == (3, 192, 32.0)
-
-
-def test_an_event_told_twice_counts_once(tmp_path: Path) -> None:
-    """A batch that is replayed after a cut is written again, with the same number."""
-    log = write_log(tmp_path / "l.jsonl", step(1, 1.0), wire(1, 0.1), step(1, 1.0), wire(1, 0.3), step(2, 0.5))
-    found = summary(write_report(log, tmp_path / "i.json"))
-    assert (found["batches"], found["vectors"], found["latency_max"]) == (2, 128, 0.3)
-
-
-def test_a_history_begun_anew_replaces_the_old_one(tmp_path: Path) -> None:
-    """A run that starts again, or is taken back, leaves nothing of what it had told from there on."""
-    old = [each for seq in range(1, 6) for each in (step(seq, 1.0), wire(seq, 1.0))]
-    new = [step(3, 0.5), wire(3, 0.2), ("feedback", {"seq": 4, "validated": True})]
-    files = write_report(write_log(tmp_path / "l.jsonl", *old, *new), tmp_path / "i.json")
-    found = summary(files)
-    assert (found["batches"], found["loss_last"], found["feedback"], found["latency_p50"]) == (3, 0.5, 1, 1.0)
-    assert [each["seq"] for each in json.loads(files[1].read_text())["wire"]] == [1, 2, 3]
-
-
 def test_several_sessions_have_a_table_of_their_own(tmp_path: Path) -> None:
     """One line each, from what they counted themselves when they ended."""
     counts = {"batches": 1, "vectors": 64, "loss": 0.5, "anomalies": 16, "seconds": 2.0}
@@ -245,15 +165,6 @@ def test_what_a_worker_does_not_say_is_not_made_up(tmp_path: Path) -> None:
     text = files[0].read_text(encoding="utf-8")
     assert "no dice cuántas anomalías" in text
     assert text.count("<svg") == 1
-
-
-@pytest.mark.parametrize(
-    ("losses", "tendency"), [((1, 1, 2, 2), "rising"), ((1, 3, 3, 1), "flat"), ((0, 1, 1, 1), None)]
-)
-def test_the_tendency_compares_the_ends(tmp_path: Path, losses: tuple[float, ...], tendency: str | None) -> None:
-    """The last quarter against the first; from nothing no share can be told."""
-    log = write_log(tmp_path / "l.jsonl", *(step(seq, float(loss)) for seq, loss in enumerate(losses, 1)))
-    assert summary(write_report(log, tmp_path / "i.json"))["tendency"] == tendency
 
 
 def test_a_long_log_gives_a_page_that_a_phone_can_open(tmp_path: Path) -> None:
@@ -298,19 +209,11 @@ def test_a_folder_in_the_way_is_refused(log: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "informe.html").exists()
 
 
-def test_a_log_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """With the command that writes one."""
-    with pytest.raises(RequestError, match=r"no\.jsonl: No such file") as caught:
-        write_report(tmp_path / "no.jsonl", tmp_path / "informe.html")
-    assert "sheily connect" in caught.value.mend
-
-
-@pytest.mark.parametrize("line", ["{broken", "[1]", '{"no": "event"}', '{"event": "step", "seq": null}'])
-def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
-    """The file and the line, and nothing is written."""
+def test_a_damaged_log_leaves_no_report(tmp_path: Path) -> None:
+    """Its error comes before the first file is written."""
     log = write_log(tmp_path / "l.jsonl", step(1, 1.0))
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+    with log.open("ab") as file:
+        file.write(b"{broken\n")
     with pytest.raises(DataError, match=r"l\.jsonl:2"):
         write_report(log, tmp_path / "informe.html")
     assert list(tmp_path.iterdir()) == [log]
