@@ -1,11 +1,13 @@
 """A TCP proxy in front of a worker that misbehaves as tunnels do, on real sockets, request by request.
 
 pass          nothing wrong                       cut         half of the answer, then the connection ends
-drop_before   the worker never sees the request   page        an HTML page with 200; the worker sees nothing
-drop_after    it does, its answer is dropped      page_after  the same, after the worker has answered
-502, 524      a tunnel's own page, before         damage      a bit of the request's body is flipped
-slow          the answer comes after ``pause``    late        the request does
-twice         the worker gets the request twice   echo        the client gets the answer twice
+drop_before   the worker never sees the request   torn        half of the request reaches the worker, then it ends
+drop_after    it does, its answer is dropped      page        an HTML page with 200; the worker sees nothing
+502, 524      a tunnel's own page, before         page_after  the same, after the worker has answered
+slow          the answer comes after ``pause``    damage      a bit of the request's body is flipped
+late          the request does                    twice       the worker gets the request twice
+overtaken     it does, a little: later ones are   again       it does, the second time ``pause`` after its answer
+              there first                         echo        the client gets the answer twice
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from contextlib import suppress
 from typing import Self
 
 FAULTS = (
-    *("drop_before", "drop_after", "502", "524", "cut", "page", "page_after", "damage", "slow", "late", "twice"),
-    "echo",
+    *("drop_before", "drop_after", "502", "524", "cut", "torn", "page", "page_after", "damage", "slow", "late"),
+    *("overtaken", "twice", "again", "echo"),
 )
 PAGE = b"<!doctype html><html><head><title>ngrok gateway error</title></head><body>ERR_NGROK_3200</body></html>"
+_OVERTAKEN_SHARE = 0.1
 
 Plan = Callable[[int, str, str], str]
 """The fault for a request: its number from 0, its method, its path."""
@@ -32,7 +35,11 @@ class FaultProxy:
     Args:
         port: the worker's; may be changed while it runs.
         plan: what to do with each request.
-        pause: the seconds of ``slow`` and ``late``.
+        pause: the seconds of ``slow``, ``late`` and ``again``.
+
+    Attributes:
+        seen: method, path and fault of every request.
+        connections: how many there have been.
     """
 
     def __init__(self, port: int, plan: Plan = lambda _number, _method, _path: "pass", *, pause: float = 1.0) -> None:
@@ -42,10 +49,17 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._repeats: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
+        """Where the proxy listens."""
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is left that it will still send by itself."""
+        return not self._repeats
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,13 +75,14 @@ class FaultProxy:
 
     async def _stop(self) -> None:
         self._server.close()
-        for task in self._tasks:
+        tasks = self._tasks | self._repeats
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        assert task is not None
+        assert task is not None  # noqa: S101
         self._tasks.add(task)
         self.connections += 1
         try:
@@ -88,8 +103,11 @@ class FaultProxy:
             return False
         if fault in ("502", "524", "page"):
             return await _send(writer, _page(200 if fault == "page" else int(fault)))
-        if fault == "late":
-            await asyncio.sleep(self.pause)
+        if fault == "torn":
+            await self._tell(head + body[: len(body) // 2])
+            return False
+        if fault in ("late", "overtaken"):
+            await asyncio.sleep(self.pause if fault == "late" else self.pause * _OVERTAKEN_SHARE)
         if fault == "damage" and body:
             body = body[:-1] + bytes([body[-1] ^ 1])
         if fault == "twice":
@@ -99,6 +117,8 @@ class FaultProxy:
             return False
         if fault == "slow":
             await asyncio.sleep(self.pause)
+        if fault == "again":
+            self._repeat_later(head + body)
         if fault == "page_after":
             return await _send(writer, _page(200))
         if fault == "cut":
@@ -115,6 +135,25 @@ class FaultProxy:
             return head + body
         finally:
             writer.close()
+
+    async def _tell(self, piece: bytes) -> None:
+        """Send the beginning of a request, and hang up."""
+        _reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(piece)
+            await writer.drain()
+        finally:
+            writer.close()
+
+    def _repeat_later(self, request: bytes) -> None:
+        async def repeat() -> None:
+            await asyncio.sleep(self.pause)
+            with suppress(OSError, asyncio.IncompleteReadError):
+                await self._ask(request)
+
+        task = self._loop.create_task(repeat())
+        self._repeats.add(task)
+        task.add_done_callback(self._repeats.discard)
 
 
 async def _send(writer: asyncio.StreamWriter, content: bytes) -> bool:
