@@ -173,6 +173,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# sheily_train/colab/loopback.py
+#
+# Which hosts can only mean this machine.
+# ----------------------------------------------------------------------------------------------------------------------
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or number can only mean this machine."""
+    name = host.strip("[]").lower()
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # sheily_train/errors.py
 #
 # The one family of errors.
@@ -398,15 +413,6 @@ def check_token(token: str) -> str:
             mend=_es("Quita --token y SHEILY_WORKER_TOKEN, y el trabajador hará uno."),
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or number can only mean this machine."""
-    name = host.strip("[]").lower()
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
 
 
 class Guard:
@@ -1178,8 +1184,9 @@ open(handed);
 #
 #     chain(0) = sha256(run id, seed)        chain(n) = sha256(chain(n−1), digest(n))
 #
-# Two ends that agree on chain(n) agree on every byte of the first n events, so they hold the same state. The client keeps
-# every event in its journal; the worker keeps a :class:`Ledger`: the last number, its chain, and the latest answers.
+# Two ends that agree on chain(n) agree on every byte of the first n events, so they hold the same state. Where a run goes
+# on with another machine's numbers, that is mixed into its chain too (:func:`rebase_digest`). The client keeps every
+# event in its journal; the worker keeps a :class:`Ledger`: the last number, its chain, and the latest answers.
 #
 #     seq == last + 1, chain fits      apply it, store the answer
 #     seq == last + 1, chain does not  conflict 422: the two ends have different histories
@@ -1200,6 +1207,7 @@ OWNER_HEADER = "Sheily-Owner"
 TIME_HEADER = "Sheily-Time"
 DIGEST_HEADER = "Sheily-Digest"
 CHAIN_HEADER = "Sheily-Chain"
+REBASE_HEADER = "Sheily-Rebase"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -1282,6 +1290,20 @@ def first_chain(run: str, seed: int) -> str:
 def next_chain(chain: str, digest: str) -> str:
     """The chain value after an event."""
     return _sha256(chain, digest)
+
+
+def rebase_digest(seq: int, time: str, left: str, taken: str) -> str:
+    """What is mixed into the chain where a run goes on with another machine's numbers after event ``seq``."""
+    return _sha256("rebase", str(seq), time, left, taken)
+
+
+def check_hash(value: object, name: str) -> str:
+    """The value itself, when it is a hash in hexadecimal; else :class:`RefusedError`."""
+    if not isinstance(value, str) or not _HEX.fullmatch(value):
+        raise RefusedError(
+            _es("«{name}» es «{found}»; se esperaban 64 cifras hexadecimales.").format(name=name, found=str(value)[:80])
+        )
+    return value
 
 
 def check_run_id(run: str) -> str:
@@ -1396,6 +1418,16 @@ class Ledger:
         )
 
 
+def another_seed(run: str, found: int, asked: int) -> RefusedError:
+    """The refusal of a run that began with another seed."""
+    return RefusedError(
+        _es("«{run}» se empezó con la semilla {found}, no con {asked}.").format(run=run, found=found, asked=asked),
+        mend=_es("Usa esa semilla, u otro nombre de entrenamiento."),
+        status=422,
+        code="conflict",
+    )
+
+
 def _sha256(*parts: str | bytes) -> str:
     """The sha256 of the parts, each preceded by its length, so that no two sequences of parts look alike."""
     digest = hashlib.sha256()
@@ -1430,6 +1462,22 @@ MAX_SEED = 2**63 - 1
 MAX_OWNER = 10**14
 
 
+@dataclass(frozen=True)
+class RunRequest:
+    """What ``POST /run`` asks for: a run, its seed, the highest owner known, and two chain values or nothing.
+
+    Attributes:
+        chain: that before the first event of a run that is new.
+        rebase: that of the worker's own state, which is to be set aside.
+    """
+
+    run: str
+    seed: int
+    owner: int
+    chain: str
+    rebase: str
+
+
 def body_form(request: Request) -> str:
     """The media type of the body: one of the two that are known; none at all means JSON."""
     form = request.headers.get("content-type", JSON_FORM).partition(";")[0].strip().lower()
@@ -1461,8 +1509,8 @@ def read_content(kind: Kind, form: str, body: bytes) -> Batch | Feedback:
     return feedback_from_json(body) if form == JSON_FORM else feedback_from_binary(body)
 
 
-def read_attachment(form: str, body: bytes) -> tuple[str, int, int]:
-    """Run, seed and owner of ``POST /run``."""
+def read_run_request(form: str, body: bytes) -> RunRequest:
+    """The body of ``POST /run``."""
     if form != JSON_FORM:
         raise unknown_form(JSON_FORM)
     try:
@@ -1479,7 +1527,8 @@ def read_attachment(form: str, body: bytes) -> tuple[str, int, int]:
                     name=name, found=str(value)[:80], limit=limit
                 )
             )
-    return check_run_id(content["run"]), seed, owner
+    chain, rebase = (check_hash(content[name], name) if name in content else "" for name in ("chain", "rebase"))
+    return RunRequest(check_run_id(content["run"]), seed, owner, chain, rebase)
 
 
 def required_run(request: Request) -> str:
@@ -1495,6 +1544,11 @@ def required_owner(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 15):
         raise RefusedError(_es("Falta la cabecera {name}, un número.").format(name=OWNER_HEADER))
     return int(text)
+
+
+def rebase_chain(request: Request) -> str:
+    """The chain value under which a state of another machine goes on; nothing for one of this kind."""
+    return check_hash(request.headers[REBASE_HEADER], REBASE_HEADER) if REBASE_HEADER in request.headers else ""
 
 
 def unknown_form(expected: str) -> RefusedError:
@@ -1804,7 +1858,7 @@ class Snapshots:
         try:
             temporary.mkdir()
             save_tensors(temporary / _SNAPSHOT_FILE, snapshot.tensors, _snapshot_metadata(snapshot))
-            write_json(temporary / _SNAPSHOT_MANIFEST, {_SNAPSHOT_FILE: sha256_file(temporary / _SNAPSHOT_FILE)})
+            write_json(temporary / _SNAPSHOT_MANIFEST, _manifest_of(temporary))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except BaseException:
@@ -1825,10 +1879,12 @@ class Snapshots:
             damaged.append(folder)
         return None, damaged
 
-    def newest_facts(self) -> dict[str, Any] | None:
-        """What the newest snapshot's header says of the run, unverified: to be shown, not to go on from."""
+    def newest_facts(self, *, verified: bool = False) -> dict[str, Any] | None:
+        """What the newest snapshot's header says of the run; unverified it may be shown, but not relied on."""
         for folder in reversed(self.folders()):
             try:
+                if verified and read_json(folder / _SNAPSHOT_MANIFEST) != _manifest_of(folder):
+                    continue
                 with (folder / _SNAPSHOT_FILE).open("rb") as file:
                     size = int.from_bytes(file.read(8), "little")
                     return _facts_in_header(file.read(min(size, MAX_SNAPSHOT_HEADER)))
@@ -1843,6 +1899,10 @@ class Snapshots:
     def remove_leftovers(self) -> None:
         """Remove what a killed write left."""
         shutil.rmtree(self.folder / UNFINISHED_SNAPSHOT, ignore_errors=True)
+
+
+def _manifest_of(folder: Path) -> dict[str, str]:
+    return {_SNAPSHOT_FILE: sha256_file(folder / _SNAPSHOT_FILE)}
 
 
 def _facts_in_header(header: bytes) -> dict[str, Any]:
@@ -2654,6 +2714,8 @@ LOSSES_KEPT = 100
 LOSSES_SHOWN = 20
 STEADY_SHARE = 0.01
 RUN_FACTS_FILE = "run.json"
+ASIDE_SUFFIX = ".aside"
+"""Ends the folder of a state that was set aside; no run's name has a dot."""
 
 _runs_log = logging.getLogger("sheily_train.colab.runs")
 
@@ -2725,6 +2787,17 @@ class Card:
     opened: float
     summary: dict[str, Any]
     trend: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands, and the fingerprint of its state, when it has one."""
+
+    seed: int
+    owner: int
+    last_seq: int
+    chain: str
+    fingerprint: dict[str, str] | None
 
 
 class Run:
@@ -2814,8 +2887,31 @@ class Runs:
         self._written: dict[str, int] = {}
         self._disk = threading.Lock()
 
-    def attach(self, name: str, seed: int, owner: int) -> Run:
+    def look(self, name: str) -> Standing | None:
+        """Where a run stands, from memory or its newest snapshot; ``None`` when it is not known. Nothing changes."""
+        known = read_json(self.folder / name / RUN_FACTS_FILE)
+        if run := self._open.get(name):
+            ledger, fingerprint = run.ledger, run.learner.fingerprint
+            return Standing(ledger.seed, ledger.owner, ledger.last_seq, ledger.chain, fingerprint)
+        with self._disk:
+            facts = Snapshots(self.folder / name).newest_facts(verified=True)
+        owner = max((known or {}).get("owner", 0), self._attached.get(name, (0, 0))[1])
+        if facts is not None:
+            ledger, _statistics, fingerprint = _read_run_facts(Snapshot(facts["seq"], facts, {}))
+            return Standing(ledger.seed, max(owner, ledger.owner), ledger.last_seq, ledger.chain, fingerprint)
+        if known is None:
+            return None
+        return Standing(known["seed"], owner, 0, known.get("chain") or first_chain(name, known["seed"]), None)
+
+    def attach(self, name: str, seed: int, owner: int, *, chain: str = "", aside: str = "") -> Run:
         """Give a run to a client, as its new owner; the run is created when it is new.
+
+        Args:
+            name: the run.
+            seed: of the network of a new run; that of one that is there must be the same.
+            owner: the highest owner's number that the client knows.
+            chain: the chain value before the first event of a new run; the protocol's own unless given.
+            aside: the chain value of a state that is to be set aside, so that the run begins anew.
 
         Raises :class:`RefusedError` (``conflict`` for another seed, ``fingerprint``), and :class:`OSError` when the new
         owner cannot be written down: it must outlive this process, or two clients could hold one run.
@@ -2826,13 +2922,16 @@ class Runs:
                 mend=_es("Usa otro nombre."),
                 status=422,
             )
-        run = self._open.get(name) or self._load(name, seed)
+        if aside:
+            self._set_aside(name, seed, aside)
+        run = self._open.get(name) or self._load(name, seed, chain)
         if run.ledger.seed != seed:
-            raise _another_seed(name, run.ledger.seed, seed)
-        before = run.ledger.owner
+            raise another_seed(name, run.ledger.seed, seed)
+        before, file = run.ledger.owner, self.folder / name / RUN_FACTS_FILE
+        begin = (read_json(file) or {}).get("chain") or chain or first_chain(name, seed)
         try:
             run.ledger.attach(owner)
-            write_json(self.folder / name / RUN_FACTS_FILE, {"seed": seed, "owner": run.ledger.owner})
+            write_json(file, {"seed": seed, "owner": run.ledger.owner, "chain": begin})
         except OSError:
             run.ledger.owner = before
             raise
@@ -2863,21 +2962,24 @@ class Runs:
         chain = next_chain(ledger.chain, digest)
         return self._apply(run, Claim(ledger.run, ledger.last_seq + 1, ledger.owner, time, digest, chain), content)
 
-    def replace(self, name: str, owner: int, snapshot: Snapshot) -> Run:
+    def replace(self, name: str, owner: int, snapshot: Snapshot, chain: str = "") -> Run:
         """Put a state in the place of the run's, whose owner asks for it. The caller saves it.
+
+        With ``chain`` the state may be of another kind of machine, and goes on here under that chain value.
 
         Raises :class:`RefusedError` (``fenced``, ``conflict``, ``fingerprint``, ``invalid``) with the run unchanged.
         """
         present = self.get(name).ledger
         present.check_owner(owner)
-        run = self._restore(name, present.seed, snapshot)
+        run = self._restore(name, present.seed, snapshot, chain)
         run.ledger.owner = present.owner
         self._open[name] = run
         return run
 
     def saved_cards(self) -> list[Card]:
         """What the snapshots on the disk say of their runs, the one that was saved last at the end."""
-        found = [(path.stat().st_mtime, Snapshots(path)) for path in self.folder.glob("*") if path.is_dir()]
+        folders = [path for path in self.folder.glob("*") if path.is_dir() and path.suffix != ASIDE_SUFFIX]
+        found = [(path.stat().st_mtime, Snapshots(path)) for path in folders]
         cards = []
         for _saved, snapshots in sorted(found, key=lambda pair: pair[0]):
             if (facts := snapshots.newest_facts()) is None:
@@ -2937,11 +3039,39 @@ class Runs:
                 code="restarted",
             ) from error
 
-    def _load(self, name: str, seed: int) -> Run:
+    def _set_aside(self, name: str, seed: int, chain: str) -> None:
+        """Save a run and move its folder out of the way; of what was set aside the latest is kept."""
+        standing = self.look(name)
+        if standing is None:
+            return
+        if standing.seed != seed:
+            raise another_seed(name, standing.seed, seed)
+        if standing.chain != chain:
+            raise RefusedError(
+                _es("«{run}» ya no está donde estaba el estado que se quería apartar.").format(run=name),
+                mend=_es("Repite la orden."),
+                status=422,
+                code="conflict",
+            )
+        if run := self._open.get(name):
+            self._save_changes(run)
+            del self._open[name]
+        self._attached[name] = seed, standing.owner
+        folder, aside = self.folder / name, self.folder / f"{name}{ASIDE_SUFFIX}"
+        with self._disk:
+            self._written[name] = self._captures  # a copy of it that still waits for the writer is not written any more
+            if not Snapshots(folder).folders():  # nothing was learned: what was set aside before is worth more
+                shutil.rmtree(folder)
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            sync_folder(self.folder)
+
+    def _load(self, name: str, seed: int, chain: str = "") -> Run:
         """Bring a run into memory: from its newest good snapshot, or new."""
         known = read_json(self.folder / name / RUN_FACTS_FILE) or {}
         if known.get("seed", seed) != seed:
-            raise _another_seed(name, known["seed"], seed)
+            raise another_seed(name, known["seed"], seed)
         with self._disk:
             snapshot, damaged = Snapshots(self.folder / name).newest()
         for folder in damaged:
@@ -2949,15 +3079,16 @@ class Runs:
         while len(self._open) >= self._in_memory:
             self._drop_oldest()
         if snapshot is None:
-            run = Run(Ledger(name, seed), self._make_learner(seed), Statistics(), self._clock())
+            ledger = Ledger(name, seed, chain=known.get("chain") or chain)
+            run = Run(ledger, self._make_learner(seed), Statistics(), self._clock())
         else:
             run = self._restore(name, seed, snapshot)
         run.ledger.owner = max(run.ledger.owner, known.get("owner", 0), self._attached.get(name, (0, 0))[1])
         self._open[name] = run
         return run
 
-    def _restore(self, name: str, seed: int, snapshot: Snapshot) -> Run:
-        """The run in a snapshot, when it is that run, of that seed, of a machine of this kind."""
+    def _restore(self, name: str, seed: int, snapshot: Snapshot, chain: str = "") -> Run:
+        """The run in a snapshot, when it is that run, of that seed, of a machine of this kind or under a new chain."""
         ledger, statistics, fingerprint = _read_run_facts(snapshot)
         if name == ANONYMOUS_RUN:
             seed = ledger.seed  # it makes no promise: whatever it was, it goes on, here too
@@ -2971,7 +3102,9 @@ class Runs:
                 code="conflict",
             )
         learner = self._make_learner(seed)
-        if name != ANONYMOUS_RUN:
+        if chain:
+            ledger.chain = chain
+        elif name != ANONYMOUS_RUN:
             _check_fingerprint(fingerprint, learner.fingerprint)
         try:
             learner.load(snapshot.tensors)
@@ -3067,7 +3200,10 @@ def _check_fingerprint(found: dict[str, str], expected: dict[str, str]) -> None:
             _es("El estado es de otra clase de máquina: {differences}.").format(
                 differences=", ".join(f"{name} {found.get(name)} → {expected.get(name)}" for name in differing)
             ),
-            mend=_es("Sigue en una máquina como la anterior, o empieza otro entrenamiento."),
+            mend=_es(
+                "Sigue en una máquina como la anterior, empieza otro entrenamiento, o da --rebase: aparta ese estado y "
+                "sigue desde la última copia del PC con los números de esta máquina."
+            ),
             status=409,
             code="fingerprint",
         )
@@ -3080,15 +3216,6 @@ def detached_run(name: str) -> RefusedError:
         mend=_es("El cliente se presenta otra vez con POST /run y reenvía lo que falte."),
         status=409,
         code="detached",
-    )
-
-
-def _another_seed(run: str, found: int, asked: int) -> RefusedError:
-    return RefusedError(
-        _es("«{run}» se empezó con la semilla {found}, no con {asked}.").format(run=run, found=found, asked=asked),
-        mend=_es("Usa esa semilla, u otro nombre de entrenamiento."),
-        status=422,
-        code="conflict",
     )
 
 
@@ -3109,6 +3236,11 @@ def _unfit_state() -> RefusedError:
 
 RUN_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"}
 SHA256_SCHEMA = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+_SOME = frozenset({409, 422, 503})
+"""Statuses that only some endpoints have."""
+_OPEN = frozenset({"fingerprint", "state_fingerprint", "objetivos"})
+"""Objects whose keys differ from machine to machine, or that may be empty."""
 
 _JsonSchema = dict[str, Any]
 
@@ -3148,26 +3280,51 @@ def describe_operations() -> dict[str, dict[str, Any]]:
         of_run,
         _header_parameter(OWNER_HEADER, {"type": "integer", "minimum": 0, "maximum": MAX_OWNER}),
         _header_parameter(DIGEST_HEADER, SHA256_SCHEMA),
+        _header_parameter(REBASE_HEADER, SHA256_SCHEMA, required=False),
     ]
     answers = {
         name: _one_form(JSON_FORM, _schema_like(example), example) for name, example in _sample_answers().items()
     }
     state_file = _one_form(BINARY_FORM, state)
+    by_name, by_model, by_history = (409,), (409, 503), (409, 422, 503)
     return {
-        "train": _operation(_es("Aprende de un lote"), answers["train"], body=batch),
+        "train": _operation(_es("Aprende de un lote"), answers["train"], body=batch, refusals=by_history),
         "feedback": _operation(
-            _es("Aprende de lo que dieron los ajustes dendríticos de un lote"), answers["feedback"], body=feedback
+            _es("Aprende de lo que dieron los ajustes dendríticos de un lote"),
+            answers["feedback"],
+            body=feedback,
+            refusals=by_history,
         ),
-        "predict": _operation(_es("Juzga vectores sin aprender de ellos"), answers["predict"], body=batch, headers=named),
-        "status": _operation(_es("Lo aprendido hasta ahora"), answers["status"], headers=named),
+        "predict": _operation(
+            _es("Juzga vectores sin aprender de ellos"), answers["predict"], body=batch, headers=named, refusals=by_model
+        ),
+        "status": _operation(_es("Lo aprendido hasta ahora"), answers["status"], headers=named, refusals=by_name),
         "health": {**_operation(_es("Si el trabajador vive"), answers["health"]), "security": []},
-        "info": _operation(_es("Cómo es la red"), answers["info"], headers=named),
-        "diagnose": _operation(_es("Pasa un vector de prueba por la red"), answers["diagnose"], headers=named),
-        "metricas": _operation(_es("Las últimas pérdidas y hacia dónde van"), answers["metricas"], headers=named),
-        "attach": _operation(_es("Toma o empieza un entrenamiento"), answers["attach"], body=attachment),
-        "download": _operation(_es("El estado entero de un entrenamiento"), state_file, headers=[of_run]),
+        "info": _operation(_es("Cómo es la red"), answers["info"], headers=named, refusals=by_model),
+        "diagnose": _operation(
+            _es("Pasa un vector de prueba por la red"), answers["diagnose"], headers=named, refusals=by_model
+        ),
+        "metricas": _operation(
+            _es("Las últimas pérdidas y hacia dónde van"), answers["metricas"], headers=named, refusals=by_name
+        ),
+        "look": _operation(
+            _es("Dónde está un entrenamiento; ni lo toma ni cambia nada"),
+            answers["look"],
+            headers=[of_run],
+            refusals=(422, 503),
+        ),
+        "attach": _operation(
+            _es("Toma o empieza un entrenamiento"), answers["attach"], body=attachment, refusals=by_history
+        ),
+        "download": _operation(
+            _es("El estado entero de un entrenamiento"), state_file, headers=[of_run], refusals=by_model
+        ),
         "upload": _operation(
-            _es("Pone un estado descargado en el lugar del propio"), answers["upload"], body=state_file, headers=by_owner
+            _es("Pone un estado descargado en el lugar del propio"),
+            answers["upload"],
+            body=state_file,
+            headers=by_owner,
+            refusals=by_history,
         ),
         "prometheus": _operation(_es("Los contadores, para Prometheus"), _one_form("text/plain", {"type": "string"})),
     }
@@ -3200,6 +3357,8 @@ def _attachment_schema() -> _JsonSchema:
         "run": {**RUN_SCHEMA, "not": {"const": ANONYMOUS_RUN}},
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0},
         "owner": {"type": "integer", "minimum": 0, "maximum": MAX_OWNER, "default": 0},
+        "chain": {**SHA256_SCHEMA, "description": _es("La cadena antes del primer evento, si es nuevo.")},
+        "rebase": {**SHA256_SCHEMA, "description": _es("La cadena del estado del trabajador que se aparta.")},
     }
     return {"type": "object", "properties": properties, "required": ["run"]}
 
@@ -3214,6 +3373,19 @@ def _sample_answers() -> dict[str, Any]:
     dendrites, coherence = [0.1] * DENDRITES, [0.1] * COHERENCE
     machine = {"tiempo_transcurrido_seg": 12.5, "dispositivo": "cuda", "gpu_memoria_mb": 420.5}
     shapes = {"anomaly": [1], "dendrites": [1, DENDRITES], "coherence": [1, COHERENCE]}
+    place = {
+        "status": "ok",
+        "run": "principal",
+        "seed": 0,
+        "owner": 1,
+        "last_seq": 0,
+        "chain": chain,
+        "fingerprint": {"device": "cuda"},
+        "boot": "0" * 16,
+        "protocol": PROTOCOL,
+        "max_samples": MAX_SAMPLES,
+        "queue": 8,
+    }
     return {
         "train": {
             "status": "trained",
@@ -3251,19 +3423,8 @@ def _sample_answers() -> dict[str, Any]:
             "gpu_info": {"cuda": True, "device": "cuda"},
         },
         "metricas": {**Statistics().trend(), "ultimos_20_losses": [0.23]},
-        "attach": {
-            "status": "ok",
-            "run": "principal",
-            "seed": 0,
-            "owner": 1,
-            "last_seq": 0,
-            "chain": chain,
-            "fingerprint": {"device": "cuda"},
-            "boot": "0" * 16,
-            "protocol": PROTOCOL,
-            "max_samples": MAX_SAMPLES,
-            "queue": 8,
-        },
+        "look": {**place, "known": True, "state_fingerprint": {"device": "cuda"}},
+        "attach": place,
         "upload": {"status": "ok", "last_seq": 7, "chain": chain},
     }
 
@@ -3271,7 +3432,9 @@ def _sample_answers() -> dict[str, Any]:
 def _schema_like(example: Any) -> _JsonSchema:
     """The schema of values like this one; objects may hold more."""
     if isinstance(example, dict):
-        properties = {name: _schema_like(value) for name, value in example.items()}
+        properties = {
+            name: {"type": "object"} if name in _OPEN else _schema_like(value) for name, value in example.items()
+        }
         return {"type": "object", "properties": properties, "required": list(properties)}
     if isinstance(example, list):
         return {"type": "array", "items": _schema_like(example[0])}
@@ -3300,22 +3463,41 @@ def _operation(
     *,
     body: dict[str, Any] | None = None,
     headers: list[dict[str, Any]] | None = None,
+    refusals: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """What OpenAPI says of one endpoint."""
-    error = {"content": _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})}
+    """What OpenAPI says of one endpoint; ``refusals`` are those that not every endpoint has."""
+    error = _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})
+    refused = {
+        status: {"description": meaning, "content": error}
+        for status, meaning in _refusals().items()
+        if status in refusals or status not in _SOME
+    }
     content: dict[str, Any] = {
         "summary": summary,
-        "responses": {
-            200: {"description": _es("Hecho."), "content": answer},
-            "4XX": {"description": _es("La petición no vale; nada ha cambiado."), **error},
-            "5XX": {"description": _es("El trabajador falló; la petición se puede repetir."), **error},
-        },
+        "responses": {200: {"description": _es("Hecho."), "content": answer}, **refused},
     }
     if body:
         content["requestBody"] = {"content": body, "required": True}
     if headers:
         content["parameters"] = headers
     return content
+
+
+def _refusals() -> dict[int, str]:
+    """Every status of an error, and what it means; after a 4xx nothing has changed."""
+    return {
+        400: _es("La petición no vale."),
+        401: _es("Falta el token, o es otro."),
+        403: _es("Una página de otro sitio, a un trabajador sin token."),
+        408: _es("El cuerpo no llegó a tiempo."),
+        409: _es("El trabajador no está donde el cliente cree: «code» dice por qué."),
+        413: _es("El cuerpo, o el lote, es demasiado grande."),
+        415: _es("El cuerpo viene comprimido, o es de otro tipo."),
+        422: _es("No es la historia, la semilla o la red de este entrenamiento."),
+        429: _es("Esperan demasiadas peticiones, o llegaron demasiados tokens equivocados."),
+        500: _es("El trabajador falló; su registro dice por qué."),
+        503: _es("El trabajador se para, vuelve a su última copia o no puede escribir: repite la petición."),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3395,7 +3577,7 @@ class WorkerSettings:
     seed: int = 0
     """The seed of the run of clients that name none."""
     device: str = "auto"
-    """Where the network computes: auto, cpu, cuda or mps."""
+    """Where the network computes: auto, cpu or cuda."""
     queue: int = 8
     """How many requests may wait for the learner."""
     runs_in_memory: int = 4
@@ -3485,6 +3667,7 @@ class OmegaWorker:
         self._latest = next(reversed(self._cards), ANONYMOUS_RUN)
         self._device = _expected_device(settings.device)
         self._parameters: tuple[int, int] | None = None
+        self._fingerprint: dict[str, str] | None = None
         self._meters = WorkerMeters(lambda: self._thread.waiting)
         self._closed = False
 
@@ -3576,11 +3759,15 @@ class OmegaWorker:
             }
         )
 
+    async def look(self, request: Request) -> Response:
+        """Where a run stands; nothing is taken or changed."""
+        return json_answer(await self._ask(partial(self._look_now, required_run(request))))
+
     async def attach(self, request: Request) -> Response:
         """Take a run over, as its new owner; a name that is new begins a run."""
-        name, seed, owner = read_attachment(body_form(request), await whole_body(request))
-        content = await self._ask(partial(self._attach_now, name, seed, owner))
-        turns = self._turns.setdefault(name, RunTurns(0, 0))
+        asked = read_run_request(body_form(request), await whole_body(request))
+        content = await self._ask(partial(self._attach_now, asked))
+        turns = self._turns.setdefault(asked.run, RunTurns(0, 0))
         turns.restart(content["last_seq"], content["owner"])
         return json_answer(content)
 
@@ -3595,13 +3782,14 @@ class OmegaWorker:
     async def upload(self, request: Request) -> Response:
         """Put a state that was downloaded in the place of a run's own."""
         name, owner, digest = required_run(request), required_owner(request), request.headers.get(DIGEST_HEADER)
+        chain = rebase_chain(request)
         if body_form(request) != BINARY_FORM:
             raise unknown_form(BINARY_FORM)
         body = await whole_body(request)
         if await asyncio.to_thread(sha256_of, body) != digest:
             raise damaged_body()
         snapshot = await asyncio.to_thread(unpack_snapshot, body)
-        ledger, capture = await self._ask(partial(self._replace_now, name, owner, snapshot))
+        ledger, capture = await self._ask(partial(self._replace_now, name, owner, snapshot, chain))
         await asyncio.wrap_future(self._writer.submit(self._write, capture, True))
         self._turns.setdefault(name, RunTurns(0, 0)).restart(snapshot.seq, owner)
         return json_answer({"status": "ok", "last_seq": ledger.last_seq, "chain": ledger.chain})
@@ -3663,6 +3851,7 @@ class OmegaWorker:
         learner = self._factory(seed, self._settings.device)
         self._device = learner.fingerprint.get("device", self._device)
         self._parameters = learner.parameter_counts
+        self._fingerprint = learner.fingerprint
         return learner
 
     def _apply_now(self, claim: Claim, content: Batch | Feedback) -> tuple[bytes, bool]:
@@ -3698,28 +3887,42 @@ class OmegaWorker:
             self._meters.snapshots.labels("failed").inc()
             _worker_log.exception("a snapshot could not be taken")
 
-    def _attach_now(self, name: str, seed: int, owner: int) -> dict[str, Any]:
+    def _look_now(self, name: str) -> dict[str, Any]:
+        standing = self._runs.look(name)
+        fingerprint = self._fingerprint or self._make_learner(0).fingerprint
+        known = standing or Standing(0, 0, 0, "", None)
+        return {
+            **self._place(name, known, fingerprint),
+            "known": standing is not None,
+            "state_fingerprint": known.fingerprint or {},
+        }
+
+    def _attach_now(self, asked: RunRequest) -> dict[str, Any]:
         try:
-            run = self._runs.attach(name, seed, owner)
+            run = self._runs.attach(asked.run, asked.seed, asked.owner, chain=asked.chain, aside=asked.rebase)
         except OSError as error:
             raise _no_storage(error) from error
         self._publish(run)
+        return self._place(asked.run, run.ledger, run.learner.fingerprint)
+
+    def _place(self, name: str, run: Standing | Ledger, fingerprint: dict[str, str]) -> dict[str, Any]:
+        """What a client is told of a run and of this worker."""
         return {
             "status": "ok",
             "run": name,
-            "seed": seed,
-            "owner": run.ledger.owner,
-            "last_seq": run.ledger.last_seq,
-            "chain": run.ledger.chain,
-            "fingerprint": run.learner.fingerprint,
+            "seed": run.seed,
+            "owner": run.owner,
+            "last_seq": run.last_seq,
+            "chain": run.chain,
+            "fingerprint": fingerprint,
             "boot": self._boot,
             "protocol": PROTOCOL,
             "max_samples": MAX_SAMPLES,
             "queue": self._settings.queue,
         }
 
-    def _replace_now(self, name: str, owner: int, snapshot: Snapshot) -> tuple[Ledger, Capture]:
-        run = self._runs.replace(name, owner, snapshot)
+    def _replace_now(self, name: str, owner: int, snapshot: Snapshot, chain: str) -> tuple[Ledger, Capture]:
+        run = self._runs.replace(name, owner, snapshot, chain)
         self._publish(run)
         return run.ledger, self._runs.capture(run)
 
@@ -3792,8 +3995,10 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
 
     async def by_framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
-        answer = worker.refuse(http_error_answer(error, request.url.path))
-        answer.headers.update(error.headers or {})
+        path = request.scope["path"]
+        answer = worker.refuse(http_error_answer(error, path))
+        methods = [method for method, known, _endpoint in _routes_of(worker) if known == path]
+        answer.headers.update({"Allow": ", ".join(methods)} if methods else error.headers or {})
         return answer
 
     async def explained(_request: Request, error: Exception) -> Response:
@@ -3847,6 +4052,7 @@ def _routes_of(worker: OmegaWorker) -> list[tuple[str, str, Callable[[Request], 
         ("GET", "/info", worker.info),
         ("POST", "/diagnostico", worker.diagnose),
         ("GET", "/metricas", worker.metricas),
+        ("GET", "/run", worker.look),
         ("POST", "/run", worker.attach),
         ("GET", "/state", worker.download),
         ("PUT", "/state", worker.upload),
@@ -4093,7 +4299,11 @@ def _stopping_refusal() -> RefusedError:
 
 
 class _PromptProtocol(H11Protocol):
-    """HTTP that closes a connection whose request does not show its whole head in time; uvicorn would wait for ever."""
+    """HTTP whose connections end when they should: uvicorn alone would wait for ever for the rest of a request's head.
+
+    And when a body stops being HTTP, the app that was reading it is told that its client has left. It would go on, and
+    leave a traceback in the log: anybody could fill it.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -4108,6 +4318,14 @@ class _PromptProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        with suppress(h11.LocalProtocolError):  # an answer that has begun cannot become another one
+            super().send_400_response(msg)
+        self.transport.close()
 
     def _watch_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:

@@ -50,6 +50,16 @@ _INTEGER, _FILE = _("ENTERO"), _("ARCHIVO")
 )
 @click.option("--cada", metavar=_("TIEMPO"), help=_("Repite cada 1h, 30m, 45s… hasta Ctrl-C."))
 @click.option("--continuar", is_flag=True, help=_("Sigue con la última sesión, con los ajustes que tenía."))
+@click.option(
+    "--rebase",
+    is_flag=True,
+    help=_("En otra clase de máquina, vuelve a la última copia común y sigue con los números de esta."),
+)
+@click.option(
+    "--descartar",
+    is_flag=True,
+    help=_("Quita del diario lo que espera sin aplicar, di cuánto era y termina, sin entrenar."),
+)
 @click.option("--run", "run", default="principal", show_default=True, metavar=_("NOMBRE"), help=_("Entrenamiento."))
 @click.option(
     "--token", metavar="TOKEN", help=_("Token del trabajador, si la dirección no lo lleva; mejor en SHEILY_TOKEN.")
@@ -63,6 +73,8 @@ def connect(
     reporte: Path | None,
     cada: str | None,
     continuar: bool,
+    rebase: bool,
+    descartar: bool,
     run: str,
     token: str | None,
     quiet: bool,
@@ -72,7 +84,7 @@ def connect(
     """Train at a worker."""
     from sheily_train.colab import presets
     from sheily_train.colab.address import find_address
-    from sheily_train.colab.connect import Order, seconds_of
+    from sheily_train.colab.connect import Order, discard, seconds_of
     from sheily_train.colab.connect import connect as start
     from sheily_train.tools.monitoring.omega_view import omega_view
 
@@ -83,12 +95,18 @@ def connect(
         given=settings if preset else given,
         run=run,
         resume=continuar,
+        rebase=rebase,
         report=reporte,
         every=seconds_of(cada) if cada else None,
     )
     for warning in order.address.warnings:
         click.echo(_("Aviso: {text}").format(text=warning), err=True)
     with omega_view(sys.stdout, quiet=quiet or as_json) as view:
+        if descartar:
+            count = discard(order, listeners=(view,))
+            if as_json:
+                click.echo(json.dumps({"run": run, "discarded": count}, ensure_ascii=False))
+            return
 
         def ended(outcome: Outcome) -> None:
             if as_json:

@@ -1,9 +1,8 @@
-"""What a worker's answers must hold, what the run log keeps of them, and what they add up to."""
+"""What a worker's answers must hold, and what the run log keeps of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sheily_train.colab.protocol import Kind
@@ -47,59 +46,3 @@ def event_record(seq: int, kind: Kind, answer: Mapping[str, Any]) -> tuple[str, 
         "anomaly_prob": answer["anomaly_prob"],
         "anomalies": answer.get("anomalias"),
     }
-
-
-@dataclass
-class Totals:
-    """What a client's events add up to."""
-
-    batches: int = 0
-    vectors: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    loss_sum: float = 0.0
-    probability_sum: float = 0.0
-    anomalies: int = 0
-    feedback: int = 0
-    validated: int = 0
-    retries: int = 0
-
-    def add(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Count a record."""
-        if event == "retry":
-            self.retries += 1
-        elif event == "feedback":
-            self.feedback += 1
-            self.validated += bool(fields["validated"])
-        elif event == "step":
-            self.batches += 1
-            self.vectors += fields["samples"]
-            self.last_loss = fields["loss"]
-            self.first_loss = self.last_loss if self.batches == 1 else self.first_loss
-            self.loss_sum += fields["loss"]
-            self.probability_sum += fields["anomaly_prob"] * fields["samples"]
-            self.anomalies += fields["anomalies"] or 0
-
-    def text(self) -> str:
-        """The summary that a person reads."""
-        if not self.batches:
-            return _("Aún no se ha entrenado ningún lote.")
-        lines = [
-            _("✅ Entrenamiento completado"),
-            _("   Loss: {last:.6f} (primera {first:.6f}, media {mean:.6f})").format(
-                last=self.last_loss, first=self.first_loss, mean=self.loss_sum / self.batches
-            ),
-            _("   Anomalía: {share:.2%} de media; {count} vectores marcados").format(
-                share=self.probability_sum / self.vectors, count=self.anomalies
-            ),
-            _("   Lotes: {batches} ({vectors} vectores)").format(batches=self.batches, vectors=self.vectors),
-        ]
-        if self.feedback:
-            lines.append(
-                _("   Feedback: {validated} de {count} con éxito ({share:.0%})").format(
-                    validated=self.validated, count=self.feedback, share=self.validated / self.feedback
-                )
-            )
-        if self.retries:
-            lines.append(_("   Reintentos: {count}").format(count=self.retries))
-        return "\n".join(lines)

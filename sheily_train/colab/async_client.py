@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from sheily_train import paths
 from sheily_train.colab.address import parse_address
-from sheily_train.colab.answers import PATHS, Totals, event_record
+from sheily_train.colab.answers import PATHS, event_record
 from sheily_train.colab.batches import JSON_FORM, Batch, Feedback, make_feedback
 from sheily_train.colab.delivery import Delivery, Draft, Supply
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import RUN_HEADER, Kind, check_run_id
 from sheily_train.colab.pulled import PulledStates
 from sheily_train.colab.samples import Samples, batches_of, encode, one_batch
+from sheily_train.colab.tally import Tally
 from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import FORMS, ClientSettings, Record, Wire
@@ -46,7 +47,8 @@ class ClienteColabAsincrono:
         run: the name of the run: of its journal here, and of its state at the worker.
         seed: of the network of a new run; a run that has a journal keeps its own.
         folder: where journal and fetched states lie; ``var/omega/<run>`` unless given.
-        record: is told, as ``record(event, **fields)``, of every step, feedback, wire, retry, resync and snapshot.
+        record: is told, as ``record(event, **fields)``, of every step, feedback, wire, retry, resync, rebase and
+            snapshot.
 
     Raises:
         RequestError: the address, the run's name or a setting cannot be used.
@@ -68,7 +70,7 @@ class ClienteColabAsincrono:
         self.url = address.url
         self.run = check_run_id(run)
         self.settings = settings or ClientSettings()
-        self.totals = Totals()
+        self.totals = Tally()
         self.plain = False
         """Whether the worker is a plain v4.0: it is sent JSON, and nothing is promised."""
         self._seed = seed
@@ -85,12 +87,17 @@ class ClienteColabAsincrono:
         """The run's journal; opened, and held, from the first use on. Raises :class:`BusyError`."""
         return self._parts()[0]
 
-    async def conectar(self) -> dict[str, Any]:
-        """Attach to the run at the worker and deliver what waits in the journal; returns the worker's answer."""
+    async def conectar(self, *, rebase: bool = False) -> dict[str, Any]:
+        """Attach to the run at the worker and deliver what waits in the journal; returns the worker's answer.
+
+        A worker of another kind of machine is refused. With ``rebase`` the run goes back to the newest state that was
+        fetched, or to its beginning, and what follows is trained anew with that machine's numbers; the worker sets a
+        state of its own aside.
+        """
         async with self._turn:
             try:
                 self._parts()[2].detach()
-                await self._deliver()
+                await self._deliver(rebase=rebase)
             except NoRuns as plain:
                 return await self._connect_plain(plain)
             return dict(self._parts()[2].worker or {})
@@ -190,10 +197,10 @@ class ClienteColabAsincrono:
             self._opened = journal, states, Delivery(self._wire, journal, states, self.settings, self._record)
         return self._opened
 
-    async def _deliver(self, supply: Supply | None = None) -> list[dict[str, Any]]:
+    async def _deliver(self, supply: Supply | None = None, *, rebase: bool = False) -> list[dict[str, Any]]:
         if self._opened is None:
             await in_thread(self._parts)
-        return await self._parts()[2].run(supply)
+        return await self._parts()[2].run(supply, rebase=rebase)
 
     async def _apply(self, contents: list[tuple[Kind, Batch | Feedback]]) -> list[dict[str, Any]]:
         """Apply events, and return their answers."""
@@ -274,7 +281,7 @@ class ClienteColabAsincrono:
     # What is told
 
     def _record(self, event: str, **fields: Any) -> None:
-        self.totals.add(event, fields)
+        self.totals.add({"event": event, **fields})
         if self._listener is not None:
             self._listener(event, **fields)
 

@@ -57,9 +57,9 @@ class ClienteColabEntrenamiento:
         self._loop: AbstractContextManager[BlockingPortal] | None = loop
         self._portal = loop.__enter__()
 
-    def conectar(self) -> dict[str, Any]:
+    def conectar(self, *, rebase: bool = False) -> dict[str, Any]:
         """See :meth:`ClienteColabAsincrono.conectar`; so for each method below."""
-        return self._wait(self._client.conectar)
+        return self._wait(self._client.conectar, rebase=rebase)
 
     def entrenar_lote(self, muestras: Samples, epocas: int = 1) -> dict[str, Any]:
         """Train one batch of at most 4,096 vectors; returns the worker's answer."""

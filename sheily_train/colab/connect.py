@@ -13,9 +13,9 @@ import re
 import signal
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -27,6 +27,7 @@ from sheily_train.colab.batches import VECTOR, Batch
 from sheily_train.colab.client import ClienteColabAsincrono
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import Kind, check_run_id
+from sheily_train.colab.tally import Tally
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.core.omega.generator import GeneradorDatosEntrenamiento
 from sheily_train.errors import Interrupted, RequestError, ResourceError, UnreachableError
@@ -39,6 +40,7 @@ _REPORTS = (".html", ".json", ".md")
 _INTERVAL = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,5})m(?:in)?)?(?:(\d{1,7})s)?")
 
 Session = dict[str, Any]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Order:
     Attributes:
         given: names of the settings that the person gave; going on with a session, they must not differ.
         resume: go on with the run's last session, with the settings it has.
+        rebase: at another kind of machine, go back to what both can have, and on with its numbers.
         report: where the report goes, if one is wanted.
         every: seconds from the start of a session to that of the next; ``None`` for a single session.
         client: how the client behaves on the wire.
@@ -58,6 +61,7 @@ class Order:
     given: Collection[str] = ()
     run: str = DEFAULT_RUN
     resume: bool = False
+    rebase: bool = False
     report: Path | None = None
     every: float | None = None
     client: ClientSettings = ClientSettings()
@@ -76,54 +80,6 @@ class Order:
     def log(self) -> Path:
         """The run's log."""
         return paths.logs_dir() / f"omega_{self.run}.jsonl"
-
-
-@dataclass
-class Tally:
-    """The numbers of a session, counted from its records; a batch that is told twice counts once."""
-
-    batches: int = 0
-    vectors: int = 0
-    loss_first: float | None = None
-    loss: float | None = None
-    anomalies: int = 0
-    feedback: int = 0
-    validated: int = 0
-    retries: int = 0
-    _probability: float = 0.0
-    _seen: set[int] = field(default_factory=set)
-
-    @property
-    def anomaly_prob(self) -> float | None:
-        """The mean probability of an anomaly, over all vectors."""
-        return self._probability / self.vectors if self.vectors else None
-
-    def add(self, record: Record) -> None:
-        """Count a record."""
-        event = record["event"]
-        if event == "retry":
-            self.retries += 1
-        elif event in {"step", "feedback"} and record["seq"] not in self._seen:
-            self._seen.add(record["seq"])
-            self._add_step(record) if event == "step" else self._add_feedback(record)
-
-    def _add_step(self, record: Record) -> None:
-        samples = record.get("samples") or 0
-        self.batches += 1
-        self.vectors += samples
-        self._probability += samples * (record.get("anomaly_prob") or 0.0)
-        self.anomalies += record.get("anomalies") or 0
-        self.loss = record.get("loss")
-        self.loss_first = self.loss if self.batches == 1 else self.loss_first
-
-    def _add_feedback(self, record: Record) -> None:
-        self.feedback += 1
-        self.validated += bool(record["validated"])
-
-    def numbers(self) -> dict[str, Any]:
-        """The counted numbers by name."""
-        counted = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
-        return counted | {"anomaly_prob": self.anomaly_prob}
 
 
 @dataclass(frozen=True)
@@ -154,6 +110,14 @@ def connect(
     return asyncio.run(_until_stopped(_repeat(order, listeners, ended or (lambda _outcome: None)), order))
 
 
+def discard(order: Order, *, listeners: tuple[Listener, ...] = ()) -> int:
+    """Remove from the run's journal what waits there and the worker has not applied; returns how many events.
+
+    A session that was cut off at them goes on with the batch after them. Raises as :func:`connect`.
+    """
+    return asyncio.run(_until_stopped(_discard(order, listeners), order))
+
+
 def seconds_of(text: str) -> float:
     """``1h``, ``30m``, ``45s``, ``1h30m`` as seconds; :class:`RequestError` for anything else."""
     found = _INTERVAL.fullmatch(text.strip().lower())
@@ -164,7 +128,7 @@ def seconds_of(text: str) -> float:
     return float(total)
 
 
-async def _until_stopped(work: Coroutine[Any, Any, Outcome], order: Order) -> Outcome:
+async def _until_stopped(work: Coroutine[Any, Any, _Result], order: Order) -> _Result:
     """The work's result; Ctrl-C and SIGTERM let it close what is open, a second one does not wait."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     received: list[int] = []
@@ -208,7 +172,7 @@ async def _repeat(order: Order, listeners: tuple[Listener, ...], ended: Callable
             _tell(listeners, str(error))
         else:
             ended(outcome)
-            order = replace(order, settings=settings, resume=False)
+            order = replace(order, settings=settings, resume=False, rebase=False)
         pause = max(0.0, started + every - time.monotonic())
         _tell(listeners, _("Próxima sesión dentro de {time}; Ctrl-C termina.").format(time=_duration(pause)))
         await asyncio.sleep(pause)
@@ -243,6 +207,14 @@ async def _run_session(order: Order, listeners: tuple[Listener, ...]) -> tuple[O
     if metrics is not None:
         numbers["metrics"] = metrics
     return Outcome(numbers, order.log, _write_report(order)), desk.settings
+
+
+async def _discard(order: Order, listeners: tuple[Listener, ...]) -> int:
+    desk = _Desk(order, listeners)
+    try:
+        return await desk.discard()
+    finally:
+        await desk.close()
 
 
 def _write_report(order: Order) -> tuple[Path, ...]:
@@ -300,7 +272,7 @@ class _Desk:
     async def connect(self) -> None:
         """Attach to the run at the worker; let the worker test itself when that was asked."""
         self._catch_up()
-        answer = await self._client.conectar()
+        answer = await self._client.conectar(rebase=self._order.rebase)
         known = answer.get("estadisticas", {}) if self._client.plain else answer["fingerprint"]
         device = known.get("dispositivo") or known.get("device") or "?"
         self._record("worker", run=self._order.run, url=self._order.address.url, device=device)
@@ -309,11 +281,37 @@ class _Desk:
 
     def _catch_up(self) -> None:
         """Tell the log of the answers that a kill left in the journal only."""
-        log = self._order.log
-        told = max((record["seq"] for record in _events(log)), default=0)
+        told, breaks = 0, list(self._journal.breaks.made)
+        for record in _events(self._order.log):
+            if record["event"] == "rebase":
+                told, breaks = min(told, record["seq"]), breaks[1:]
+            else:
+                told = max(told, record["seq"])
+        for made in breaks:
+            told = min(told, made.seq)
+            self._record("rebase", seq=made.seq, **{"from": made.left, "to": made.taken})
         for seq, kind, answer in self._journal.answers(after=told):
             name, fields = event_record(seq, kind, orjson.loads(answer))
             self._record(name, **fields)
+
+    async def discard(self) -> int:
+        """Remove what waits in the journal, and let the session it belongs to go on with the batch after it."""
+        session = next(reversed(self._journal.sessions), None)
+        batch = 0
+        if session:
+            self.settings = Settings.from_plan(session["plan"])
+            batch = self._events_left(session)[0]
+        count = await self._client.descartar_pendientes()
+        if session and count and not session["done"]:
+            part = {
+                "first_seq": self._journal.last_seq + 1,
+                "batch": batch,
+                "first_is_judged": bool(self._latest_answers()),
+            }
+            self._journal.sessions = [*self._journal.sessions[:-1], session | {"part": part}]
+        told = _("Eventos quitados del diario de «{run}»: {count}")
+        self._record("note", text=told.format(run=self._order.run, count=count))
+        return count
 
     async def open_session(self) -> tuple[Session, Batch]:
         """The session to go on with, or a new one, noted in the journal; and all its vectors."""
@@ -375,7 +373,7 @@ class _Desk:
         self.tally = Tally(retries=self.tally.retries)
         if resumed:
             for record in _events(self._order.log):
-                if record["seq"] >= session["first_seq"]:
+                if record["event"] == "rebase" or record["seq"] >= session["first_seq"]:
                     self.tally.add(record)
         self._vectors_before = self.tally.vectors
         self._record(
@@ -392,14 +390,14 @@ class _Desk:
         )
 
     def _events_left(self, session: Session) -> tuple[int, list[Kind]]:
-        """How many batches of the session are in the journal, and the events that are not."""
-        kinds = [Kind.TRAIN, Kind.FEEDBACK] * session["batches"]
-        if not self.settings.feedback:
-            kinds = [Kind.TRAIN] * session["batches"]
-        elif not session["first_is_judged"]:
-            del kinds[1]  # the run's first batch has no loss to be compared with
-        written = self._journal.last_seq - session["first_seq"] + 1
-        return kinds[:written].count(Kind.TRAIN), kinds[written:]
+        """How many batches of the session are in the journal or were discarded, and the events that are to come."""
+        part = session.get("part", {**session, "batch": 0})
+        count = session["batches"] - part["batch"]
+        kinds = [Kind.TRAIN, Kind.FEEDBACK] * count if self.settings.feedback else [Kind.TRAIN] * count
+        if self.settings.feedback and not part["first_is_judged"]:
+            del kinds[1:2]  # the run's first batch has no loss to be compared with
+        written = self._journal.last_seq - part["first_seq"] + 1
+        return part["batch"] + kinds[:written].count(Kind.TRAIN), kinds[written:]
 
     async def train(self, session: Session, batch: Batch) -> None:
         """Send what the session still lacks."""
@@ -475,9 +473,9 @@ def _left_behind(session: Session) -> str:
 
 
 def _events(log: Path) -> Iterator[Record]:
-    """The records of a log that tell of an event."""
+    """The records of a log that tell of an event, or of a return to one."""
     if log.is_file():
-        yield from (record for record in runlog.read(log) if record["event"] in {"step", "feedback"})
+        yield from (record for record in runlog.read(log) if record["event"] in {"step", "feedback", "rebase"})
 
 
 def _whole_lines(log: Path) -> int:

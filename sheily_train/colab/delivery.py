@@ -18,14 +18,14 @@ from typing import Any
 import orjson
 
 from sheily_train.colab.answers import PATHS, event_record
-from sheily_train.colab.batches import BINARY_FORM
+from sheily_train.colab.attachment import Attachment
 from sheily_train.colab.journal import Entry, Journal
-from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, RUN_HEADER, Claim, Kind
-from sheily_train.colab.pulled import PulledState, PulledStates, another_history
+from sheily_train.colab.protocol import Claim, Kind
+from sheily_train.colab.pulled import PulledStates, another_history
 from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup, foreign
 from sheily_train.colab.wire import ClientSettings, Record, Wire
-from sheily_train.errors import NoRuns, OutOfStep, RefusedError, WorkerError
+from sheily_train.errors import OutOfStep, RefusedError, WorkerError
 from sheily_train.i18n import _
 
 Draft = tuple[Kind, str, bytes]
@@ -54,21 +54,25 @@ class Delivery:
     ) -> None:
         self._wire, self._journal, self._states = wire, journal, states
         self._settings, self._record = settings, record
+        self._attachment = Attachment(wire, journal, states, settings, record)
+        self._rebase = False
         self.worker: dict[str, Any] | None = None
         self._settled = 0
         self._ready: dict[int, Entry] = {}
         self._tries: Counter[int] = Counter()
         self._answers: dict[int, dict[str, Any]] = {}
         self._supply: Supply = _nothing
-        self._moves = self._resyncs = self._ghosts = 0
+        self._moves = self._resyncs = 0
 
-    async def run(self, supply: Supply | None = None) -> list[dict[str, Any]]:
+    async def run(self, supply: Supply | None = None, *, rebase: bool = False) -> list[dict[str, Any]]:
         """Deliver what waits in the journal, then what ``supply`` gives; returns the answers to the latter.
+
+        With ``rebase`` the run may go back, and on with the numbers of another kind of machine.
 
         Raises :class:`UnreachableError`, :class:`WorkerError`, :class:`RefusedError`, and :class:`NoRuns` for a worker
         that knows no runs.
         """
-        self._supply, self._answers = supply or _nothing, {}
+        self._supply, self._answers, self._rebase = supply or _nothing, {}, rebase
         first = self._journal.last_seq + 1
         try:
             while not await self._wire.retried(self._pass):
@@ -82,111 +86,19 @@ class Delivery:
         """Ask the worker where it is before anything else."""
         self.worker = None
 
-    # Attaching
-
     async def attach(self) -> int:
         """Become the run's owner at the worker, and find out what it lacks; returns the last event that it has."""
-        self._ghosts += 1  # until it is answered, this request may still be applied later, under another number
+        breaks = self._journal.breaks
         try:
-            request = {"run": self._journal.run, "seed": self._journal.seed, "owner": self._journal.owner}
-            worker = (await self._wire.ask("POST", "/run", content=orjson.dumps(request))).content
-        except RefusedError as refusal:
-            self._ghosts -= 1
-            if refusal.status in (404, 405):
-                raise NoRuns(
-                    _("Este trabajador es un OMEGA 21 v4.0 sin POST /run y no puede seguir «{run}».").format(
-                        run=self._journal.run
-                    ),
-                    mend=_("Usa un trabajador de sheily-train, o empieza otro entrenamiento con --run."),
-                ) from refusal
-            raise
-        self._ghosts -= 1
-        await in_thread(self._note_owner, worker)
-        self._check_history(worker["last_seq"], worker["chain"])
-        reached: int = worker["last_seq"]
-        if state := await in_thread(self._state_to_push, reached):
-            reached = await self._push_or_replay(state, reached, worker["owner"])
+            worker, reached = await self._attachment.attach(rebase=self._rebase)
+        finally:
+            if self._journal.breaks is not breaks:
+                self._ready.clear()  # the chain has changed
         self._settled = min(reached, self._journal.answered_seq)
-        if self._settled < self._journal.pruned_seq:
-            raise self._nothing_to_replay()
         if self._settled < self._journal.last_seq:
             self._record("resync", from_seq=self._settled + 1, to_seq=self._journal.last_seq)
         self.worker = worker
         return reached
-
-    def _note_owner(self, worker: dict[str, Any]) -> None:
-        journal, fingerprint = self._journal, worker["fingerprint"]
-        if journal.answered_seq and journal.fingerprint not in (None, fingerprint):
-            raise WorkerError(
-                _("Este trabajador es de otra clase de máquina: {differences}.").format(
-                    differences=_differences(journal.fingerprint or {}, fingerprint)
-                ),
-                mend=_(
-                    "«{run}» no puede seguir en ella bit a bit: usa una máquina como la anterior, o empieza otro "
-                    "entrenamiento con --run."
-                ).format(run=journal.run),
-            )
-        with journal.group():
-            journal.owner = worker["owner"]
-            journal.fingerprint = fingerprint
-
-    def _check_history(self, seq: int, chain: str) -> None:
-        """Know that the worker's events are this journal's first ones."""
-        if seq > self._journal.last_seq:
-            raise WorkerError(
-                _("El trabajador ya aplicó {theirs} eventos de «{run}» y este diario solo tiene {ours}.").format(
-                    theirs=seq, run=self._journal.run, ours=self._journal.last_seq
-                ),
-                mend=_("Sigue desde donde está el diario completo, o empieza otro entrenamiento con --run."),
-            )
-        if chain != self._journal.chain(seq):
-            raise another_history(seq)
-
-    def _state_to_push(self, reached: int) -> PulledState | None:
-        """The state to give to a worker that is at ``reached``: when bodies are gone, or are more than the state."""
-        state = self._states.newest(self._journal.last_seq)
-        if state is None or state.seq <= reached:
-            return None
-        must = self._journal.pruned_seq > min(reached, self._journal.answered_seq)
-        return state if must or self._journal.body_bytes(reached, state.seq) > state.size else None
-
-    async def _push_or_replay(self, state: PulledState, reached: int, owner: int) -> int:
-        """The event that the worker has after the state was pushed; a tunnel that refuses its size changes nothing."""
-        try:
-            return await self._push(state, owner)
-        except RefusedError as refusal:
-            if refusal.code != "too_large":
-                raise
-            self._record("snapshot_failed", reason=refusal.message)
-            return reached
-
-    async def _push(self, state: PulledState, owner: int) -> int:
-        headers = {
-            RUN_HEADER: self._journal.run,
-            OWNER_HEADER: str(owner),
-            DIGEST_HEADER: state.sha256,
-            "Content-Length": str(state.size),
-        }
-        answer = await self._wire.ask(
-            "PUT",
-            "/state",
-            content=state.pieces(),
-            form=BINARY_FORM,
-            headers=headers,
-            timeout=self._settings.transfer_timeout,
-        )
-        self._check_history(answer.content["last_seq"], answer.content["chain"])
-        return int(answer.content["last_seq"])
-
-    def _nothing_to_replay(self) -> WorkerError:
-        return WorkerError(
-            _("Al trabajador le faltan eventos hasta el {last}, y ni el diario ni las copias los tienen.").format(
-                last=self._journal.pruned_seq
-            ),
-            mend=_("Usa el trabajador que los tiene, o recupera la carpeta {folder}.").format(
-                folder=self._journal.folder
-            ),
-        )
 
     # Sending
 
@@ -201,9 +113,9 @@ class Delivery:
         except OutOfStep as step:
             hiccup = self._out_of_step(step)
         except RefusedError as refusal:
-            if refusal.code != "fenced" or not self._ghosts:
+            if refusal.code != "fenced" or not self._attachment.ghosts:
                 raise
-            self._ghosts -= 1
+            self._attachment.ghosts -= 1
             hiccup = self._out_of_step(OutOfStep("ghost", refusal.message))
         except Hiccup as found:
             hiccup = found
@@ -310,8 +222,8 @@ class Delivery:
                     seq=self._journal.answered_seq + 1, reason=step.message
                 ),
                 mend=_(
-                    "Mira el registro del trabajador. Si la culpa es de ese lote, descartar_pendientes() quita del "
-                    "diario lo que espera."
+                    "Mira el registro del trabajador. Si la culpa es de ese lote, la misma orden con --descartar (en "
+                    "Python, descartar_pendientes()) quita del diario lo que espera."
                 ),
             )
         return Hiccup(step.code, step.message)
@@ -328,6 +240,7 @@ class Delivery:
 
     async def discard(self) -> int:
         """Remove from the journal the events that have no answer and that the worker has not applied; how many."""
+        self._rebase = False
         self._ready.clear()
         reached = await self._wire.retried(self._attach_again)
         return await in_thread(self._withdraw, max(reached, self._journal.answered_seq) + 1)
@@ -347,8 +260,3 @@ class Delivery:
 
 def _nothing(_count: int) -> list[Draft]:
     return []
-
-
-def _differences(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    return ", ".join(f"{name} {ours.get(name)} → {theirs.get(name)}" for name in names)

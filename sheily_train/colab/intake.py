@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import orjson
 from fastapi import Request
@@ -18,12 +19,28 @@ from sheily_train.colab.batches import (
     feedback_from_binary,
     feedback_from_json,
 )
-from sheily_train.colab.protocol import OWNER_HEADER, RUN_HEADER, Event, Kind, check_run_id
+from sheily_train.colab.protocol import OWNER_HEADER, REBASE_HEADER, RUN_HEADER, Event, Kind, check_hash, check_run_id
 from sheily_train.errors import RefusedError
 from sheily_train.i18n import _
 
 MAX_SEED = 2**63 - 1
 MAX_OWNER = 10**14
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What ``POST /run`` asks for: a run, its seed, the highest owner known, and two chain values or nothing.
+
+    Attributes:
+        chain: that before the first event of a run that is new.
+        rebase: that of the worker's own state, which is to be set aside.
+    """
+
+    run: str
+    seed: int
+    owner: int
+    chain: str
+    rebase: str
 
 
 def body_form(request: Request) -> str:
@@ -57,8 +74,8 @@ def read_content(kind: Kind, form: str, body: bytes) -> Batch | Feedback:
     return feedback_from_json(body) if form == JSON_FORM else feedback_from_binary(body)
 
 
-def read_attachment(form: str, body: bytes) -> tuple[str, int, int]:
-    """Run, seed and owner of ``POST /run``."""
+def read_run_request(form: str, body: bytes) -> RunRequest:
+    """The body of ``POST /run``."""
     if form != JSON_FORM:
         raise unknown_form(JSON_FORM)
     try:
@@ -75,7 +92,8 @@ def read_attachment(form: str, body: bytes) -> tuple[str, int, int]:
                     name=name, found=str(value)[:80], limit=limit
                 )
             )
-    return check_run_id(content["run"]), seed, owner
+    chain, rebase = (check_hash(content[name], name) if name in content else "" for name in ("chain", "rebase"))
+    return RunRequest(check_run_id(content["run"]), seed, owner, chain, rebase)
 
 
 def required_run(request: Request) -> str:
@@ -91,6 +109,11 @@ def required_owner(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 15):
         raise RefusedError(_("Falta la cabecera {name}, un número.").format(name=OWNER_HEADER))
     return int(text)
+
+
+def rebase_chain(request: Request) -> str:
+    """The chain value under which a state of another machine goes on; nothing for one of this kind."""
+    return check_hash(request.headers[REBASE_HEADER], REBASE_HEADER) if REBASE_HEADER in request.headers else ""
 
 
 def unknown_form(expected: str) -> RefusedError:

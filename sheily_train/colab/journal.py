@@ -23,6 +23,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from sheily_train import durable
+from sheily_train.colab.breaks import Break, Breaks
 from sheily_train.colab.protocol import Event, Kind, check_run_id, first_chain, next_chain
 from sheily_train.errors import BusyError, DataError, ResourceError
 from sheily_train.i18n import _
@@ -90,6 +91,7 @@ class Journal:
             self._connection = self._open()
             self._begin(seed)
             self.seed: int = self._fact("seed")
+            self.breaks = Breaks(map(Break.from_json, self._fact("breaks", [])))
             self._check()
         except BaseException:
             self.close()
@@ -146,11 +148,27 @@ class Journal:
     def chain(self, seq: int) -> str:
         """The chain value after event ``seq``; 0 is that of a run without events."""
         if seq == 0:
-            return first_chain(self.run, self.seed)
+            return self.chains(0)[-1]
         row = self._row("SELECT chain FROM events WHERE seq = ?", seq)
         if row is None:
             raise self._damaged(seq, _("no está"))
         return str(row[0])
+
+    def chains(self, seq: int) -> list[str]:
+        """The chain values after event ``seq``: before its breaks and after each; the last one is :meth:`chain`."""
+        if seq == 0:
+            return self.breaks.mix(0, first_chain(self.run, self.seed))
+        row = self._row("SELECT digest FROM events WHERE seq = ?", seq)
+        if row is None:
+            raise self._damaged(seq, _("no está"))
+        return self.breaks.mix(seq, next_chain(self.chain(seq - 1), row[0]))
+
+    def has_left(self, seq: int, chain: str) -> bool:
+        """Whether a chain value is that of a history of this run which a break has left."""
+        if seq > self.last_seq or chain == self.chain(seq):
+            return False
+        first, digests = first_chain(self.run, self.seed), self._digests(seq)
+        return any(chain == list(past.walk(first, digests))[-1] for past in self.breaks.earlier())
 
     def entry(self, seq: int) -> Entry:
         """An event, whole and checked. Raises :class:`DataError` when it is damaged, absent or its body was dropped."""
@@ -159,7 +177,7 @@ class Journal:
         if row is None or body is None:
             raise self._damaged(seq, _("no está"))
         event = Event(seq, self._kind(seq, row[1]), row[2], row[3], body[0])
-        if event.digest() != row[4] or next_chain(self.chain(seq - 1), row[4]) != row[5]:
+        if event.digest() != row[4] or self.chains(seq)[-1] != row[5]:
             raise self._damaged(seq, _("su contenido no es el que se anotó"))
         return Entry(event, row[5], row[4], self._answer(seq, row[6], row[7]))
 
@@ -230,6 +248,23 @@ class Journal:
             self._run("DELETE FROM events WHERE seq >= ?", seq)
             self._run("DELETE FROM bodies WHERE seq >= ?", seq)
 
+    def rebase(self, seq: int, fingerprint: dict[str, str]) -> Break:
+        """Go back to the state after event ``seq``, to go on from it with the numbers of another machine.
+
+        The answers after it are dropped, the break is noted, and the chain changes from ``seq`` on: all or nothing.
+        """
+        with self.group():
+            made = Break(seq, self.fingerprint or {}, fingerprint, self._clock().isoformat(timespec="microseconds"))
+            breaks = Breaks([*self.breaks.made, made])
+            self._set_fact("breaks", [each.to_json() for each in breaks.made])
+            self._set_fact("fingerprint", fingerprint)
+            self._run("UPDATE events SET answer = NULL, answer_sha256 = NULL WHERE seq > ?", seq)
+            chains = enumerate(breaks.walk(first_chain(self.run, self.seed), self._digests(self.last_seq)))
+            changed = [(chain, number) for number, chain in chains if number >= max(seq, 1)]
+            self._connection.executemany("UPDATE events SET chain = ? WHERE seq = ?", changed)
+        self.breaks = breaks
+        return made
+
     def close(self) -> None:
         """Close the file and let go of it. Again: nothing."""
         with self._mutex:
@@ -287,9 +322,15 @@ class Journal:
         with self._explained():
             seq, chain = 0, self.chain(0)
             for found, digest, stored in self._connection.execute("SELECT seq, digest, chain FROM events ORDER BY seq"):
-                seq, chain = seq + 1, next_chain(chain, digest)
+                seq, chain = seq + 1, self.breaks.mix(seq + 1, next_chain(chain, digest))[-1]
                 if (found, stored) != (seq, chain):
                     raise self._damaged(seq, _("no encaja con los anteriores"))
+
+    def _digests(self, last: int) -> list[str]:
+        """The digests of the events up to ``last``."""
+        with self._mutex, self._explained():
+            rows = self._connection.execute("SELECT digest FROM events WHERE seq <= ? ORDER BY seq", (last,)).fetchall()
+        return [row[0] for row in rows]
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:

@@ -18,13 +18,18 @@ from sheily_train.colab.batches import (
     VECTOR,
 )
 from sheily_train.colab.intake import MAX_OWNER, MAX_SEED
-from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, PROTOCOL, RUN_HEADER
+from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, PROTOCOL, REBASE_HEADER, RUN_HEADER
 from sheily_train.colab.responses import MODEL_NAME, describe_network
 from sheily_train.colab.runs import ANONYMOUS_RUN, Statistics
 from sheily_train.i18n import _
 
 RUN_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"}
 SHA256_SCHEMA = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+_SOME = frozenset({409, 422, 503})
+"""Statuses that only some endpoints have."""
+_OPEN = frozenset({"fingerprint", "state_fingerprint", "objetivos"})
+"""Objects whose keys differ from machine to machine, or that may be empty."""
 
 _JsonSchema = dict[str, Any]
 
@@ -64,26 +69,51 @@ def describe_operations() -> dict[str, dict[str, Any]]:
         of_run,
         _header_parameter(OWNER_HEADER, {"type": "integer", "minimum": 0, "maximum": MAX_OWNER}),
         _header_parameter(DIGEST_HEADER, SHA256_SCHEMA),
+        _header_parameter(REBASE_HEADER, SHA256_SCHEMA, required=False),
     ]
     answers = {
         name: _one_form(JSON_FORM, _schema_like(example), example) for name, example in _sample_answers().items()
     }
     state_file = _one_form(BINARY_FORM, state)
+    by_name, by_model, by_history = (409,), (409, 503), (409, 422, 503)
     return {
-        "train": _operation(_("Aprende de un lote"), answers["train"], body=batch),
+        "train": _operation(_("Aprende de un lote"), answers["train"], body=batch, refusals=by_history),
         "feedback": _operation(
-            _("Aprende de lo que dieron los ajustes dendríticos de un lote"), answers["feedback"], body=feedback
+            _("Aprende de lo que dieron los ajustes dendríticos de un lote"),
+            answers["feedback"],
+            body=feedback,
+            refusals=by_history,
         ),
-        "predict": _operation(_("Juzga vectores sin aprender de ellos"), answers["predict"], body=batch, headers=named),
-        "status": _operation(_("Lo aprendido hasta ahora"), answers["status"], headers=named),
+        "predict": _operation(
+            _("Juzga vectores sin aprender de ellos"), answers["predict"], body=batch, headers=named, refusals=by_model
+        ),
+        "status": _operation(_("Lo aprendido hasta ahora"), answers["status"], headers=named, refusals=by_name),
         "health": {**_operation(_("Si el trabajador vive"), answers["health"]), "security": []},
-        "info": _operation(_("Cómo es la red"), answers["info"], headers=named),
-        "diagnose": _operation(_("Pasa un vector de prueba por la red"), answers["diagnose"], headers=named),
-        "metricas": _operation(_("Las últimas pérdidas y hacia dónde van"), answers["metricas"], headers=named),
-        "attach": _operation(_("Toma o empieza un entrenamiento"), answers["attach"], body=attachment),
-        "download": _operation(_("El estado entero de un entrenamiento"), state_file, headers=[of_run]),
+        "info": _operation(_("Cómo es la red"), answers["info"], headers=named, refusals=by_model),
+        "diagnose": _operation(
+            _("Pasa un vector de prueba por la red"), answers["diagnose"], headers=named, refusals=by_model
+        ),
+        "metricas": _operation(
+            _("Las últimas pérdidas y hacia dónde van"), answers["metricas"], headers=named, refusals=by_name
+        ),
+        "look": _operation(
+            _("Dónde está un entrenamiento; ni lo toma ni cambia nada"),
+            answers["look"],
+            headers=[of_run],
+            refusals=(422, 503),
+        ),
+        "attach": _operation(
+            _("Toma o empieza un entrenamiento"), answers["attach"], body=attachment, refusals=by_history
+        ),
+        "download": _operation(
+            _("El estado entero de un entrenamiento"), state_file, headers=[of_run], refusals=by_model
+        ),
         "upload": _operation(
-            _("Pone un estado descargado en el lugar del propio"), answers["upload"], body=state_file, headers=by_owner
+            _("Pone un estado descargado en el lugar del propio"),
+            answers["upload"],
+            body=state_file,
+            headers=by_owner,
+            refusals=by_history,
         ),
         "prometheus": _operation(_("Los contadores, para Prometheus"), _one_form("text/plain", {"type": "string"})),
     }
@@ -116,6 +146,8 @@ def _attachment_schema() -> _JsonSchema:
         "run": {**RUN_SCHEMA, "not": {"const": ANONYMOUS_RUN}},
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0},
         "owner": {"type": "integer", "minimum": 0, "maximum": MAX_OWNER, "default": 0},
+        "chain": {**SHA256_SCHEMA, "description": _("La cadena antes del primer evento, si es nuevo.")},
+        "rebase": {**SHA256_SCHEMA, "description": _("La cadena del estado del trabajador que se aparta.")},
     }
     return {"type": "object", "properties": properties, "required": ["run"]}
 
@@ -130,6 +162,19 @@ def _sample_answers() -> dict[str, Any]:
     dendrites, coherence = [0.1] * DENDRITES, [0.1] * COHERENCE
     machine = {"tiempo_transcurrido_seg": 12.5, "dispositivo": "cuda", "gpu_memoria_mb": 420.5}
     shapes = {"anomaly": [1], "dendrites": [1, DENDRITES], "coherence": [1, COHERENCE]}
+    place = {
+        "status": "ok",
+        "run": "principal",
+        "seed": 0,
+        "owner": 1,
+        "last_seq": 0,
+        "chain": chain,
+        "fingerprint": {"device": "cuda"},
+        "boot": "0" * 16,
+        "protocol": PROTOCOL,
+        "max_samples": MAX_SAMPLES,
+        "queue": 8,
+    }
     return {
         "train": {
             "status": "trained",
@@ -167,19 +212,8 @@ def _sample_answers() -> dict[str, Any]:
             "gpu_info": {"cuda": True, "device": "cuda"},
         },
         "metricas": {**Statistics().trend(), "ultimos_20_losses": [0.23]},
-        "attach": {
-            "status": "ok",
-            "run": "principal",
-            "seed": 0,
-            "owner": 1,
-            "last_seq": 0,
-            "chain": chain,
-            "fingerprint": {"device": "cuda"},
-            "boot": "0" * 16,
-            "protocol": PROTOCOL,
-            "max_samples": MAX_SAMPLES,
-            "queue": 8,
-        },
+        "look": {**place, "known": True, "state_fingerprint": {"device": "cuda"}},
+        "attach": place,
         "upload": {"status": "ok", "last_seq": 7, "chain": chain},
     }
 
@@ -187,7 +221,9 @@ def _sample_answers() -> dict[str, Any]:
 def _schema_like(example: Any) -> _JsonSchema:
     """The schema of values like this one; objects may hold more."""
     if isinstance(example, dict):
-        properties = {name: _schema_like(value) for name, value in example.items()}
+        properties = {
+            name: {"type": "object"} if name in _OPEN else _schema_like(value) for name, value in example.items()
+        }
         return {"type": "object", "properties": properties, "required": list(properties)}
     if isinstance(example, list):
         return {"type": "array", "items": _schema_like(example[0])}
@@ -216,19 +252,38 @@ def _operation(
     *,
     body: dict[str, Any] | None = None,
     headers: list[dict[str, Any]] | None = None,
+    refusals: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """What OpenAPI says of one endpoint."""
-    error = {"content": _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})}
+    """What OpenAPI says of one endpoint; ``refusals`` are those that not every endpoint has."""
+    error = _one_form(JSON_FORM, {"$ref": "#/components/schemas/Error"})
+    refused = {
+        status: {"description": meaning, "content": error}
+        for status, meaning in _refusals().items()
+        if status in refusals or status not in _SOME
+    }
     content: dict[str, Any] = {
         "summary": summary,
-        "responses": {
-            200: {"description": _("Hecho."), "content": answer},
-            "4XX": {"description": _("La petición no vale; nada ha cambiado."), **error},
-            "5XX": {"description": _("El trabajador falló; la petición se puede repetir."), **error},
-        },
+        "responses": {200: {"description": _("Hecho."), "content": answer}, **refused},
     }
     if body:
         content["requestBody"] = {"content": body, "required": True}
     if headers:
         content["parameters"] = headers
     return content
+
+
+def _refusals() -> dict[int, str]:
+    """Every status of an error, and what it means; after a 4xx nothing has changed."""
+    return {
+        400: _("La petición no vale."),
+        401: _("Falta el token, o es otro."),
+        403: _("Una página de otro sitio, a un trabajador sin token."),
+        408: _("El cuerpo no llegó a tiempo."),
+        409: _("El trabajador no está donde el cliente cree: «code» dice por qué."),
+        413: _("El cuerpo, o el lote, es demasiado grande."),
+        415: _("El cuerpo viene comprimido, o es de otro tipo."),
+        422: _("No es la historia, la semilla o la red de este entrenamiento."),
+        429: _("Esperan demasiadas peticiones, o llegaron demasiados tokens equivocados."),
+        500: _("El trabajador falló; su registro dice por qué."),
+        503: _("El trabajador se para, vuelve a su última copia o no puede escribir: repite la petición."),
+    }

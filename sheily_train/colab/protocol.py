@@ -5,8 +5,9 @@ exact bytes, and a chain value that joins it to all before it:
 
     chain(0) = sha256(run id, seed)        chain(n) = sha256(chain(n−1), digest(n))
 
-Two ends that agree on chain(n) agree on every byte of the first n events, so they hold the same state. The client keeps
-every event in its journal; the worker keeps a :class:`Ledger`: the last number, its chain, and the latest answers.
+Two ends that agree on chain(n) agree on every byte of the first n events, so they hold the same state. Where a run goes
+on with another machine's numbers, that is mixed into its chain too (:func:`rebase_digest`). The client keeps every
+event in its journal; the worker keeps a :class:`Ledger`: the last number, its chain, and the latest answers.
 
     seq == last + 1, chain fits      apply it, store the answer
     seq == last + 1, chain does not  conflict 422: the two ends have different histories
@@ -39,6 +40,7 @@ OWNER_HEADER = "Sheily-Owner"
 TIME_HEADER = "Sheily-Time"
 DIGEST_HEADER = "Sheily-Digest"
 CHAIN_HEADER = "Sheily-Chain"
+REBASE_HEADER = "Sheily-Rebase"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -121,6 +123,20 @@ def first_chain(run: str, seed: int) -> str:
 def next_chain(chain: str, digest: str) -> str:
     """The chain value after an event."""
     return _sha256(chain, digest)
+
+
+def rebase_digest(seq: int, time: str, left: str, taken: str) -> str:
+    """What is mixed into the chain where a run goes on with another machine's numbers after event ``seq``."""
+    return _sha256("rebase", str(seq), time, left, taken)
+
+
+def check_hash(value: object, name: str) -> str:
+    """The value itself, when it is a hash in hexadecimal; else :class:`RefusedError`."""
+    if not isinstance(value, str) or not _HEX.fullmatch(value):
+        raise RefusedError(
+            _("«{name}» es «{found}»; se esperaban 64 cifras hexadecimales.").format(name=name, found=str(value)[:80])
+        )
+    return value
 
 
 def check_run_id(run: str) -> str:
@@ -233,6 +249,16 @@ class Ledger:
             status=422,
             code="conflict",
         )
+
+
+def another_seed(run: str, found: int, asked: int) -> RefusedError:
+    """The refusal of a run that began with another seed."""
+    return RefusedError(
+        _("«{run}» se empezó con la semilla {found}, no con {asked}.").format(run=run, found=found, asked=asked),
+        mend=_("Usa esa semilla, u otro nombre de entrenamiento."),
+        status=422,
+        code="conflict",
+    )
 
 
 def _sha256(*parts: str | bytes) -> str:

@@ -55,6 +55,17 @@ class PulledState:
         """Whether the file is what it was."""
         return durable.sha256_file(self.path) == self.sha256
 
+    def chain(self, run: str) -> str | None:
+        """The chain value that its own header names; ``None`` when it is no state of that run after its event."""
+        try:
+            with self.path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = file.read(min(size, _HEADER_LIMIT))
+            ledger = orjson.loads(orjson.loads(header)["__metadata__"]["run"])["ledger"]
+            return str(ledger["chain"]) if (ledger["run"], ledger["last_seq"]) == (run, self.seq) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
 
 class PulledStates:
     """The states of one run, in the folder ``snapshots`` beside its journal.
@@ -67,18 +78,27 @@ class PulledStates:
     def __init__(self, wire: Wire, journal: Journal, settings: ClientSettings, record: Record) -> None:
         self._wire, self._journal, self._settings, self._record = wire, journal, settings, record
         self._folder = journal.folder / STATES_FOLDER
-        self._due = max([0, *(state.seq for state in self.all())]) + settings.pull_after
+        self._due = max([0, *(state.seq for state in self.all() if self._is_ours(state))]) + settings.pull_after
         self._task: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
 
     def all(self) -> list[PulledState]:
-        """Those that are there, oldest first; not checked."""
+        """The files that are there, oldest first; not checked."""
         names = [(path, _NAME.fullmatch(path.name)) for path in sorted(self._folder.glob("*.safetensors"))]
         return [PulledState(int(found[1]), found[2], path) for path, found in names if found]
 
     def newest(self, last: int) -> PulledState | None:
-        """The newest whole one of an event up to ``last``."""
-        return next((state for state in reversed(self.all()) if state.seq <= last and state.is_whole()), None)
+        """The newest whole one of this history, of an event up to ``last``."""
+        known = (state for state in reversed(self.all()) if state.seq <= last and self._is_ours(state))
+        return next((state for state in known if state.is_whole()), None)
+
+    def go_back(self, seq: int) -> None:
+        """The run goes back to ``seq``: states are fetched from there on."""
+        self._due = seq + self._settings.pull_after
+
+    def _is_ours(self, state: PulledState) -> bool:
+        """Whether a state belongs to the journal's history; one from just before a break does."""
+        return state.seq <= self._journal.last_seq and state.chain(self._journal.run) in self._journal.chains(state.seq)
 
     def pull_when_due(self, seq: int) -> None:
         """Fetch a state, beside the training, when enough events have passed."""
@@ -123,7 +143,12 @@ class PulledStates:
 
     def _keep(self, state: PulledState) -> PulledState:
         """Make a state of this journal's history durable, and drop all but it and the newest of another event."""
-        chain = _chain_in(state, self._journal.run)
+        chain = state.chain(self._journal.run)
+        if chain is None:
+            raise WorkerError(
+                _("El estado que dio el trabajador no es el del entrenamiento «{run}».").format(run=self._journal.run),
+                mend=_("Usa la misma versión de sheily-train en los dos lados."),
+            )
         if state.seq > self._journal.last_seq or chain != self._journal.chain(state.seq):
             raise another_history(state.seq)
         durable.sync_file(state.path)
@@ -131,10 +156,10 @@ class PulledStates:
         state.path.replace(final)
         durable.sync_folder(self._folder)
         others = [other for other in self.all() if other.path != final]
-        like = [other for other in others if other.seq == state.seq]  # with another owner's number in it
-        older = [other for other in others if other.seq != state.seq][:-1]
-        for other in (*like, *older):
-            other.path.unlink(missing_ok=True)
+        older = [other for other in others if other.seq < state.seq and self._is_ours(other)][-1:]
+        for other in others:  # of the same event there may be one, with another owner's number in it
+            if other not in older:
+                other.path.unlink(missing_ok=True)
         if len(states := self.all()) > 1 and self._journal.body_bytes(0, state.seq) > self._settings.keep_bytes:
             self._journal.prune(min(states[0].seq, self._journal.answered_seq))
         return PulledState(state.seq, state.sha256, final)
@@ -147,21 +172,4 @@ def another_history(seq: int) -> WorkerError:
             seq=seq
         ),
         mend=_("Nada se ha cambiado. Usa el trabajador de este entrenamiento, o empieza otro con --run."),
-    )
-
-
-def _chain_in(state: PulledState, run: str) -> str:
-    """The chain value that a state's own header names. Raises :class:`WorkerError` when it is not such a state."""
-    with state.path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(min(size, _HEADER_LIMIT))
-    try:
-        ledger = orjson.loads(orjson.loads(header)["__metadata__"]["run"])["ledger"]
-        if (ledger["run"], ledger["last_seq"]) == (run, state.seq):
-            return str(ledger["chain"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise WorkerError(
-        _("El estado que dio el trabajador no es el del entrenamiento «{run}».").format(run=run),
-        mend=_("Usa la misma versión de sheily-train en los dos lados."),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from sheily_train import __version__, durable
 from sheily_train.colab.amounts import count_text, number_text, percent_text, size_text, time_text
+from sheily_train.colab.breaks import differences
 from sheily_train.colab.plots import draw_plots
 from sheily_train.colab.story import Session, Story, Summary, percentiles, read_story, share, split
 from sheily_train.errors import RequestError, ResourceError
@@ -83,6 +84,7 @@ def _as_json(story: Story, log: str) -> str:
         "feedback": [{"seq": seq, "validated": good} for seq, good in story.feedback],
         "wire": [asdict(wire) for wire in story.wires],
         "sessions": [asdict(session) for session in story.sessions],
+        "rebases": [{"seq": made.seq, "from": made.left, "to": made.taken} for made in story.rebases],
     }
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
@@ -140,6 +142,8 @@ def _verdict(summary: Summary) -> str:
     told += " " + words[summary.tendency].format(
         first=number_text(summary.loss_first), last=number_text(summary.loss_last)
     )
+    if summary.rebases:
+        told += " " + _("El entrenamiento volvió atrás y siguió en otra máquina (--rebase): cuenta lo último.")
     if not summary.finished:
         told += " " + _("El registro no llega al final de la sesión: son las cifras hasta donde llegó.")
     return told
@@ -193,6 +197,7 @@ def _tables(summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
                 (_("Enviado"), size_text(summary.bytes)),
                 (_("Reintentos"), count_text(summary.retries)),
                 (_("Resincronizaciones"), count_text(summary.resyncs)),
+                (_("Vueltas atrás (--rebase)"), count_text(summary.rebases)),
                 (_("Copias del estado"), count_text(summary.snapshots)),
             ],
         ),
@@ -249,6 +254,11 @@ def _lists(story: Story) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...
             _("Por tramos"),
             (_("Eventos"), _("Vectores"), _("Pérdida media"), _("Anomalías"), _("Latencia")),
             _parts(story) if len(story.steps) > 1 else [],
+        ),
+        (
+            _("Vueltas atrás"),
+            (_("Desde el evento"), _("Máquina")),
+            [(count_text(made.seq), differences(made.left, made.taken) or "—") for made in story.rebases],
         ),
         (_("Motivos de los reintentos"), (_("Motivo"), _("Veces")), [*reasons]),
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -23,10 +24,10 @@ from typing import Any
 import orjson
 
 from sheily_train.colab.batches import Batch, Feedback
-from sheily_train.colab.protocol import Claim, Ledger, check_run_id, next_chain
+from sheily_train.colab.protocol import Claim, Ledger, another_seed, check_run_id, first_chain, next_chain
 from sheily_train.colab.snapshots import Snapshot, Snapshots
 from sheily_train.core.omega.learner import Learner, Lesson
-from sheily_train.durable import read_json, write_json
+from sheily_train.durable import read_json, sync_folder, write_json
 from sheily_train.errors import RefusedError, TrainingError, WorkerError
 from sheily_train.i18n import _
 
@@ -35,6 +36,8 @@ LOSSES_KEPT = 100
 LOSSES_SHOWN = 20
 STEADY_SHARE = 0.01
 RUN_FACTS_FILE = "run.json"
+ASIDE_SUFFIX = ".aside"
+"""Ends the folder of a state that was set aside; no run's name has a dot."""
 
 _runs_log = logging.getLogger("sheily_train.colab.runs")
 
@@ -106,6 +109,17 @@ class Card:
     opened: float
     summary: dict[str, Any]
     trend: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands, and the fingerprint of its state, when it has one."""
+
+    seed: int
+    owner: int
+    last_seq: int
+    chain: str
+    fingerprint: dict[str, str] | None
 
 
 class Run:
@@ -195,8 +209,31 @@ class Runs:
         self._written: dict[str, int] = {}
         self._disk = threading.Lock()
 
-    def attach(self, name: str, seed: int, owner: int) -> Run:
+    def look(self, name: str) -> Standing | None:
+        """Where a run stands, from memory or its newest snapshot; ``None`` when it is not known. Nothing changes."""
+        known = read_json(self.folder / name / RUN_FACTS_FILE)
+        if run := self._open.get(name):
+            ledger, fingerprint = run.ledger, run.learner.fingerprint
+            return Standing(ledger.seed, ledger.owner, ledger.last_seq, ledger.chain, fingerprint)
+        with self._disk:
+            facts = Snapshots(self.folder / name).newest_facts(verified=True)
+        owner = max((known or {}).get("owner", 0), self._attached.get(name, (0, 0))[1])
+        if facts is not None:
+            ledger, _statistics, fingerprint = _read_run_facts(Snapshot(facts["seq"], facts, {}))
+            return Standing(ledger.seed, max(owner, ledger.owner), ledger.last_seq, ledger.chain, fingerprint)
+        if known is None:
+            return None
+        return Standing(known["seed"], owner, 0, known.get("chain") or first_chain(name, known["seed"]), None)
+
+    def attach(self, name: str, seed: int, owner: int, *, chain: str = "", aside: str = "") -> Run:
         """Give a run to a client, as its new owner; the run is created when it is new.
+
+        Args:
+            name: the run.
+            seed: of the network of a new run; that of one that is there must be the same.
+            owner: the highest owner's number that the client knows.
+            chain: the chain value before the first event of a new run; the protocol's own unless given.
+            aside: the chain value of a state that is to be set aside, so that the run begins anew.
 
         Raises :class:`RefusedError` (``conflict`` for another seed, ``fingerprint``), and :class:`OSError` when the new
         owner cannot be written down: it must outlive this process, or two clients could hold one run.
@@ -207,13 +244,16 @@ class Runs:
                 mend=_("Usa otro nombre."),
                 status=422,
             )
-        run = self._open.get(name) or self._load(name, seed)
+        if aside:
+            self._set_aside(name, seed, aside)
+        run = self._open.get(name) or self._load(name, seed, chain)
         if run.ledger.seed != seed:
-            raise _another_seed(name, run.ledger.seed, seed)
-        before = run.ledger.owner
+            raise another_seed(name, run.ledger.seed, seed)
+        before, file = run.ledger.owner, self.folder / name / RUN_FACTS_FILE
+        begin = (read_json(file) or {}).get("chain") or chain or first_chain(name, seed)
         try:
             run.ledger.attach(owner)
-            write_json(self.folder / name / RUN_FACTS_FILE, {"seed": seed, "owner": run.ledger.owner})
+            write_json(file, {"seed": seed, "owner": run.ledger.owner, "chain": begin})
         except OSError:
             run.ledger.owner = before
             raise
@@ -244,21 +284,24 @@ class Runs:
         chain = next_chain(ledger.chain, digest)
         return self._apply(run, Claim(ledger.run, ledger.last_seq + 1, ledger.owner, time, digest, chain), content)
 
-    def replace(self, name: str, owner: int, snapshot: Snapshot) -> Run:
+    def replace(self, name: str, owner: int, snapshot: Snapshot, chain: str = "") -> Run:
         """Put a state in the place of the run's, whose owner asks for it. The caller saves it.
+
+        With ``chain`` the state may be of another kind of machine, and goes on here under that chain value.
 
         Raises :class:`RefusedError` (``fenced``, ``conflict``, ``fingerprint``, ``invalid``) with the run unchanged.
         """
         present = self.get(name).ledger
         present.check_owner(owner)
-        run = self._restore(name, present.seed, snapshot)
+        run = self._restore(name, present.seed, snapshot, chain)
         run.ledger.owner = present.owner
         self._open[name] = run
         return run
 
     def saved_cards(self) -> list[Card]:
         """What the snapshots on the disk say of their runs, the one that was saved last at the end."""
-        found = [(path.stat().st_mtime, Snapshots(path)) for path in self.folder.glob("*") if path.is_dir()]
+        folders = [path for path in self.folder.glob("*") if path.is_dir() and path.suffix != ASIDE_SUFFIX]
+        found = [(path.stat().st_mtime, Snapshots(path)) for path in folders]
         cards = []
         for _saved, snapshots in sorted(found, key=lambda pair: pair[0]):
             if (facts := snapshots.newest_facts()) is None:
@@ -318,11 +361,39 @@ class Runs:
                 code="restarted",
             ) from error
 
-    def _load(self, name: str, seed: int) -> Run:
+    def _set_aside(self, name: str, seed: int, chain: str) -> None:
+        """Save a run and move its folder out of the way; of what was set aside the latest is kept."""
+        standing = self.look(name)
+        if standing is None:
+            return
+        if standing.seed != seed:
+            raise another_seed(name, standing.seed, seed)
+        if standing.chain != chain:
+            raise RefusedError(
+                _("«{run}» ya no está donde estaba el estado que se quería apartar.").format(run=name),
+                mend=_("Repite la orden."),
+                status=422,
+                code="conflict",
+            )
+        if run := self._open.get(name):
+            self._save_changes(run)
+            del self._open[name]
+        self._attached[name] = seed, standing.owner
+        folder, aside = self.folder / name, self.folder / f"{name}{ASIDE_SUFFIX}"
+        with self._disk:
+            self._written[name] = self._captures  # a copy of it that still waits for the writer is not written any more
+            if not Snapshots(folder).folders():  # nothing was learned: what was set aside before is worth more
+                shutil.rmtree(folder)
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            sync_folder(self.folder)
+
+    def _load(self, name: str, seed: int, chain: str = "") -> Run:
         """Bring a run into memory: from its newest good snapshot, or new."""
         known = read_json(self.folder / name / RUN_FACTS_FILE) or {}
         if known.get("seed", seed) != seed:
-            raise _another_seed(name, known["seed"], seed)
+            raise another_seed(name, known["seed"], seed)
         with self._disk:
             snapshot, damaged = Snapshots(self.folder / name).newest()
         for folder in damaged:
@@ -330,15 +401,16 @@ class Runs:
         while len(self._open) >= self._in_memory:
             self._drop_oldest()
         if snapshot is None:
-            run = Run(Ledger(name, seed), self._make_learner(seed), Statistics(), self._clock())
+            ledger = Ledger(name, seed, chain=known.get("chain") or chain)
+            run = Run(ledger, self._make_learner(seed), Statistics(), self._clock())
         else:
             run = self._restore(name, seed, snapshot)
         run.ledger.owner = max(run.ledger.owner, known.get("owner", 0), self._attached.get(name, (0, 0))[1])
         self._open[name] = run
         return run
 
-    def _restore(self, name: str, seed: int, snapshot: Snapshot) -> Run:
-        """The run in a snapshot, when it is that run, of that seed, of a machine of this kind."""
+    def _restore(self, name: str, seed: int, snapshot: Snapshot, chain: str = "") -> Run:
+        """The run in a snapshot, when it is that run, of that seed, of a machine of this kind or under a new chain."""
         ledger, statistics, fingerprint = _read_run_facts(snapshot)
         if name == ANONYMOUS_RUN:
             seed = ledger.seed  # it makes no promise: whatever it was, it goes on, here too
@@ -352,7 +424,9 @@ class Runs:
                 code="conflict",
             )
         learner = self._make_learner(seed)
-        if name != ANONYMOUS_RUN:
+        if chain:
+            ledger.chain = chain
+        elif name != ANONYMOUS_RUN:
             _check_fingerprint(fingerprint, learner.fingerprint)
         try:
             learner.load(snapshot.tensors)
@@ -448,7 +522,10 @@ def _check_fingerprint(found: dict[str, str], expected: dict[str, str]) -> None:
             _("El estado es de otra clase de máquina: {differences}.").format(
                 differences=", ".join(f"{name} {found.get(name)} → {expected.get(name)}" for name in differing)
             ),
-            mend=_("Sigue en una máquina como la anterior, o empieza otro entrenamiento."),
+            mend=_(
+                "Sigue en una máquina como la anterior, empieza otro entrenamiento, o da --rebase: aparta ese estado y "
+                "sigue desde la última copia del PC con los números de esta máquina."
+            ),
             status=409,
             code="fingerprint",
         )
@@ -461,15 +538,6 @@ def detached_run(name: str) -> RefusedError:
         mend=_("El cliente se presenta otra vez con POST /run y reenvía lo que falte."),
         status=409,
         code="detached",
-    )
-
-
-def _another_seed(run: str, found: int, asked: int) -> RefusedError:
-    return RefusedError(
-        _("«{run}» se empezó con la semilla {found}, no con {asked}.").format(run=run, found=found, asked=asked),
-        mend=_("Usa esa semilla, u otro nombre de entrenamiento."),
-        status=422,
-        code="conflict",
     )
 
 

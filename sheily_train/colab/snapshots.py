@@ -79,7 +79,7 @@ class Snapshots:
         try:
             temporary.mkdir()
             save_tensors(temporary / _SNAPSHOT_FILE, snapshot.tensors, _snapshot_metadata(snapshot))
-            write_json(temporary / _SNAPSHOT_MANIFEST, {_SNAPSHOT_FILE: sha256_file(temporary / _SNAPSHOT_FILE)})
+            write_json(temporary / _SNAPSHOT_MANIFEST, _manifest_of(temporary))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except BaseException:
@@ -100,10 +100,12 @@ class Snapshots:
             damaged.append(folder)
         return None, damaged
 
-    def newest_facts(self) -> dict[str, Any] | None:
-        """What the newest snapshot's header says of the run, unverified: to be shown, not to go on from."""
+    def newest_facts(self, *, verified: bool = False) -> dict[str, Any] | None:
+        """What the newest snapshot's header says of the run; unverified it may be shown, but not relied on."""
         for folder in reversed(self.folders()):
             try:
+                if verified and read_json(folder / _SNAPSHOT_MANIFEST) != _manifest_of(folder):
+                    continue
                 with (folder / _SNAPSHOT_FILE).open("rb") as file:
                     size = int.from_bytes(file.read(8), "little")
                     return _facts_in_header(file.read(min(size, MAX_SNAPSHOT_HEADER)))
@@ -118,6 +120,10 @@ class Snapshots:
     def remove_leftovers(self) -> None:
         """Remove what a killed write left."""
         shutil.rmtree(self.folder / UNFINISHED_SNAPSHOT, ignore_errors=True)
+
+
+def _manifest_of(folder: Path) -> dict[str, str]:
+    return {_SNAPSHOT_FILE: sha256_file(folder / _SNAPSHOT_FILE)}
 
 
 def _facts_in_header(header: bytes) -> dict[str, Any]:

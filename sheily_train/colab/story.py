@@ -67,6 +67,7 @@ class Summary:
     retries: int
     retry_reasons: dict[str, int]
     resyncs: int
+    rebases: int
     snapshots: int
 
 
@@ -83,14 +84,24 @@ class Session:
 
 
 @dataclass(frozen=True)
+class Rebase:
+    """A return to the state after event ``seq``, and from there on the numbers of another machine."""
+
+    seq: int
+    left: dict[str, str]
+    taken: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Story:
-    """A log, read: its batches, feedback (number, validated), deliveries and ended sessions, and their summary."""
+    """A log, read: batches, feedback (number, validated), deliveries, ended sessions, returns, and their summary."""
 
     summary: Summary
     steps: list[Step]
     feedback: list[tuple[int, bool]]
     wires: list[Wire]
     sessions: list[Session]
+    rebases: list[Rebase]
 
 
 def read_story(log: Path) -> Story:
@@ -104,7 +115,9 @@ def read_story(log: Path) -> Story:
     wires: dict[int, Wire] = {}
     feedback: dict[int, bool] = {}
     for record in records:
-        if record["event"] == "wire":
+        if record["event"] == "rebase":
+            _forget_from(record["seq"] + 1, steps, feedback, wires)
+        elif record["event"] == "wire":
             wires[record["seq"]] = _wire(record)
         elif record["event"] in {"step", "feedback"}:
             seq = record["seq"]
@@ -119,8 +132,9 @@ def read_story(log: Path) -> Story:
     sessions = _ended_sessions(records)
     ordered, answers = [steps[seq] for seq in sorted(steps)], sorted(feedback.items())
     deliveries = [wires[seq] for seq in sorted(wires)]
+    rebases = [_rebase(record) for record in records if record["event"] == "rebase"]
     summary = _summarise(records, ordered, answers, deliveries, sessions)
-    return Story(summary, ordered, answers, deliveries, sessions)
+    return Story(summary, ordered, answers, deliveries, sessions, rebases)
 
 
 def _forget_from(first: int, *told: dict[int, Any]) -> None:
@@ -150,7 +164,7 @@ def _read(log: Path) -> list[runlog.Record]:
     records: list[runlog.Record] = []
     try:
         for record in runlog.read(log):
-            needed = {"step", "wire", "feedback"} & {record["event"]}
+            needed = {"step", "wire", "feedback", "rebase"} & {record["event"]}
             if needed and not isinstance(record["seq"], int):
                 raise TypeError("seq")
             records.append(record)
@@ -171,6 +185,10 @@ def _step(record: runlog.Record) -> Step:
     return Step(
         record["seq"], record.get("samples") or 0, *(record.get(key) for key in ("loss", "anomaly_prob", "anomalies"))
     )
+
+
+def _rebase(record: runlog.Record) -> Rebase:
+    return Rebase(record["seq"], record.get("from") or {}, record.get("to") or {})
 
 
 def _wire(record: runlog.Record) -> Wire:
@@ -219,6 +237,7 @@ def _summarise(
         retries=events["retry"],
         retry_reasons=dict(Counter(str(r.get("reason", "?")) for r in records if r["event"] == "retry").most_common()),
         resyncs=events["resync"],
+        rebases=events["rebase"],
         snapshots=events["snapshot"],
     )
 

@@ -35,11 +35,13 @@ from sheily_train.colab.batches import BINARY_FORM, JSON_FORM, MAX_SAMPLES, VECT
 from sheily_train.colab.docs_page import DOCS_PAGE
 from sheily_train.colab.intake import (
     MAX_SEED,
+    RunRequest,
     body_form,
     damaged_body,
-    read_attachment,
     read_content,
     read_event,
+    read_run_request,
+    rebase_chain,
     required_owner,
     required_run,
     sha256_of,
@@ -67,7 +69,7 @@ from sheily_train.colab.responses import (
     http_error_answer,
     json_answer,
 )
-from sheily_train.colab.runs import ANONYMOUS_RUN, Capture, Card, Run, Runs, Statistics, detached_run
+from sheily_train.colab.runs import ANONYMOUS_RUN, Capture, Card, Run, Runs, Standing, Statistics, detached_run
 from sheily_train.colab.security import Guard
 from sheily_train.colab.snapshots import Snapshot, pack_snapshot, unpack_snapshot
 from sheily_train.colab.turns import RunTurns
@@ -93,7 +95,7 @@ class WorkerSettings:
     seed: int = 0
     """The seed of the run of clients that name none."""
     device: str = "auto"
-    """Where the network computes: auto, cpu, cuda or mps."""
+    """Where the network computes: auto, cpu or cuda."""
     queue: int = 8
     """How many requests may wait for the learner."""
     runs_in_memory: int = 4
@@ -183,6 +185,7 @@ class OmegaWorker:
         self._latest = next(reversed(self._cards), ANONYMOUS_RUN)
         self._device = _expected_device(settings.device)
         self._parameters: tuple[int, int] | None = None
+        self._fingerprint: dict[str, str] | None = None
         self._meters = WorkerMeters(lambda: self._thread.waiting)
         self._closed = False
 
@@ -274,11 +277,15 @@ class OmegaWorker:
             }
         )
 
+    async def look(self, request: Request) -> Response:
+        """Where a run stands; nothing is taken or changed."""
+        return json_answer(await self._ask(partial(self._look_now, required_run(request))))
+
     async def attach(self, request: Request) -> Response:
         """Take a run over, as its new owner; a name that is new begins a run."""
-        name, seed, owner = read_attachment(body_form(request), await whole_body(request))
-        content = await self._ask(partial(self._attach_now, name, seed, owner))
-        turns = self._turns.setdefault(name, RunTurns(0, 0))
+        asked = read_run_request(body_form(request), await whole_body(request))
+        content = await self._ask(partial(self._attach_now, asked))
+        turns = self._turns.setdefault(asked.run, RunTurns(0, 0))
         turns.restart(content["last_seq"], content["owner"])
         return json_answer(content)
 
@@ -293,13 +300,14 @@ class OmegaWorker:
     async def upload(self, request: Request) -> Response:
         """Put a state that was downloaded in the place of a run's own."""
         name, owner, digest = required_run(request), required_owner(request), request.headers.get(DIGEST_HEADER)
+        chain = rebase_chain(request)
         if body_form(request) != BINARY_FORM:
             raise unknown_form(BINARY_FORM)
         body = await whole_body(request)
         if await asyncio.to_thread(sha256_of, body) != digest:
             raise damaged_body()
         snapshot = await asyncio.to_thread(unpack_snapshot, body)
-        ledger, capture = await self._ask(partial(self._replace_now, name, owner, snapshot))
+        ledger, capture = await self._ask(partial(self._replace_now, name, owner, snapshot, chain))
         await asyncio.wrap_future(self._writer.submit(self._write, capture, True))
         self._turns.setdefault(name, RunTurns(0, 0)).restart(snapshot.seq, owner)
         return json_answer({"status": "ok", "last_seq": ledger.last_seq, "chain": ledger.chain})
@@ -361,6 +369,7 @@ class OmegaWorker:
         learner = self._factory(seed, self._settings.device)
         self._device = learner.fingerprint.get("device", self._device)
         self._parameters = learner.parameter_counts
+        self._fingerprint = learner.fingerprint
         return learner
 
     def _apply_now(self, claim: Claim, content: Batch | Feedback) -> tuple[bytes, bool]:
@@ -396,28 +405,42 @@ class OmegaWorker:
             self._meters.snapshots.labels("failed").inc()
             _worker_log.exception("a snapshot could not be taken")
 
-    def _attach_now(self, name: str, seed: int, owner: int) -> dict[str, Any]:
+    def _look_now(self, name: str) -> dict[str, Any]:
+        standing = self._runs.look(name)
+        fingerprint = self._fingerprint or self._make_learner(0).fingerprint
+        known = standing or Standing(0, 0, 0, "", None)
+        return {
+            **self._place(name, known, fingerprint),
+            "known": standing is not None,
+            "state_fingerprint": known.fingerprint or {},
+        }
+
+    def _attach_now(self, asked: RunRequest) -> dict[str, Any]:
         try:
-            run = self._runs.attach(name, seed, owner)
+            run = self._runs.attach(asked.run, asked.seed, asked.owner, chain=asked.chain, aside=asked.rebase)
         except OSError as error:
             raise _no_storage(error) from error
         self._publish(run)
+        return self._place(asked.run, run.ledger, run.learner.fingerprint)
+
+    def _place(self, name: str, run: Standing | Ledger, fingerprint: dict[str, str]) -> dict[str, Any]:
+        """What a client is told of a run and of this worker."""
         return {
             "status": "ok",
             "run": name,
-            "seed": seed,
-            "owner": run.ledger.owner,
-            "last_seq": run.ledger.last_seq,
-            "chain": run.ledger.chain,
-            "fingerprint": run.learner.fingerprint,
+            "seed": run.seed,
+            "owner": run.owner,
+            "last_seq": run.last_seq,
+            "chain": run.chain,
+            "fingerprint": fingerprint,
             "boot": self._boot,
             "protocol": PROTOCOL,
             "max_samples": MAX_SAMPLES,
             "queue": self._settings.queue,
         }
 
-    def _replace_now(self, name: str, owner: int, snapshot: Snapshot) -> tuple[Ledger, Capture]:
-        run = self._runs.replace(name, owner, snapshot)
+    def _replace_now(self, name: str, owner: int, snapshot: Snapshot, chain: str) -> tuple[Ledger, Capture]:
+        run = self._runs.replace(name, owner, snapshot, chain)
         self._publish(run)
         return run.ledger, self._runs.capture(run)
 
@@ -490,8 +513,10 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
 
     async def by_framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
-        answer = worker.refuse(http_error_answer(error, request.url.path))
-        answer.headers.update(error.headers or {})
+        path = request.scope["path"]
+        answer = worker.refuse(http_error_answer(error, path))
+        methods = [method for method, known, _endpoint in _routes_of(worker) if known == path]
+        answer.headers.update({"Allow": ", ".join(methods)} if methods else error.headers or {})
         return answer
 
     async def explained(_request: Request, error: Exception) -> Response:
@@ -545,6 +570,7 @@ def _routes_of(worker: OmegaWorker) -> list[tuple[str, str, Callable[[Request], 
         ("GET", "/info", worker.info),
         ("POST", "/diagnostico", worker.diagnose),
         ("GET", "/metricas", worker.metricas),
+        ("GET", "/run", worker.look),
         ("POST", "/run", worker.attach),
         ("GET", "/state", worker.download),
         ("PUT", "/state", worker.upload),

@@ -707,7 +707,7 @@ def test_a_worker_with_another_past_is_refused(tmp_path: Path) -> None:
     front = between(apps[1], lambda _scope: None, seen)
     with pytest.raises(WorkerError, match="historias distintas: difieren en el evento 1 o antes"):
         run(desk(tmp_path, front, folder=tmp_path / "desk0"), lambda client: client.entrenar_lote(SAMPLES))
-    assert [scope["path"] for scope in seen] == ["/run"]
+    assert [(scope["method"], scope["path"]) for scope in seen] == [("GET", "/run")]
     strange = between(apps[0], lambda scope: apps[1] if scope["path"] == "/state" else None)
     with pytest.raises(WorkerError, match="historias distintas"):
         run(desk(tmp_path, strange, folder=tmp_path / "desk0"), lambda client: client.descargar_estado())
@@ -757,10 +757,10 @@ def test_the_older_of_two_clients_stops(tmp_path: Path, worker: WorkerApp) -> No
 
 def test_a_clients_own_late_attachment_does_not_stop_it(tmp_path: Path, served: Served) -> None:
     """A request to attach that was given up, and reaches the worker after its repetition, is not another client."""
-    faults = {"/run": ["late"]}
+    faults = ["late"]
 
-    def plan(_number: int, _method: str, path: str) -> str:
-        return faults[path].pop() if faults.get(path) else "pass"
+    def plan(_number: int, method: str, path: str) -> str:
+        return faults.pop() if faults and (method, path) == ("POST", "/run") else "pass"
 
     async def work(client: ClienteColabAsincrono) -> None:
         await client.conectar()
@@ -769,7 +769,7 @@ def test_a_clients_own_late_attachment_does_not_stop_it(tmp_path: Path, served: 
 
     with FaultProxy(served.port, plan, pause=0.6) as proxy:
         run(desk(tmp_path, proxy.url, settings={"timeout": 0.4}), work)
-        assert [path for _method, path, _fault in proxy.seen].count("/run") == 3
+        assert [(method, path) for method, path, _fault in proxy.seen].count(("POST", "/run")) == 3
     check_applied_once(tmp_path, f"http://127.0.0.1:{served.port}")
 
 

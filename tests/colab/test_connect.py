@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from sheily_train import paths, runlog
 from sheily_train.colab.address import Address
-from sheily_train.colab.connect import Order, Outcome, Tally, connect, load_data, seconds_of
+from sheily_train.colab.connect import Order, Outcome, connect, load_data, seconds_of
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import Kind
@@ -467,13 +467,3 @@ def test_a_name_that_cannot_be_a_run_is_refused(run: str, down: Worker) -> None:
     """It names a folder; one is the worker's own."""
     with pytest.raises((RequestError, RefusedError)):
         order(down, run=run)
-
-
-def test_a_tally_takes_what_a_plain_worker_leaves_out() -> None:
-    """No anomalies, no numbers: it still counts."""
-    tally = Tally()
-    tally.add({"event": "step", "seq": 1, "samples": 4, "loss": None, "anomaly_prob": None})
-    assert tally.numbers() == {
-        **{"batches": 1, "vectors": 4, "loss_first": None, "loss": None, "anomalies": 0},
-        **{"feedback": 0, "validated": 0, "retries": 0, "anomaly_prob": 0.0},
-    }

@@ -45,6 +45,7 @@ def test_the_numbers_are_those_of_the_log(tmp_path: Path) -> None:
         retries=1,
         retry_reasons={"502": 1},
         resyncs=1,
+        rebases=0,
         snapshots=1,
     )
 

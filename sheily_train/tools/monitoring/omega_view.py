@@ -10,7 +10,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from sheily_train.colab.connect import Tally
+from sheily_train.colab.breaks import differences
+from sheily_train.colab.tally import Tally
 from sheily_train.i18n import _
 from sheily_train.runlog import Record
 from sheily_train.tools.monitoring.terminal import SilentView
@@ -178,6 +179,12 @@ def _resync(record: Record) -> list[str]:
     return [_("El trabajador recupera desde el diario los eventos {from_seq} a {to_seq}").format(**record)]
 
 
+def _rebase(record: Record) -> list[str]:
+    place = _("El entrenamiento vuelve al evento {seq} y se entrena de nuevo desde ahí").format(**record)
+    machines = differences(record["from"], record["to"])
+    return [f"{place}: {machines}" if machines else place]
+
+
 def _metrics(record: Record) -> list[str]:
     losses = [loss for loss in record.get("ultimos_20_losses") or [] if isinstance(loss, int | float)]
     lines = [_("Métricas del trabajador:")]
@@ -224,6 +231,7 @@ _TELLERS: dict[str, Callable[[Record], list[str]]] = {
     "session": _session,
     "retry": _retry,
     "resync": _resync,
+    "rebase": _rebase,
     "metrics": _metrics,
     "done": _done,
     "note": _note,
