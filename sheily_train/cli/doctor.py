@@ -15,7 +15,7 @@ from sheily_train.cli.options import debug_option, json_option
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
-    from sheily_train.colab.doctor import Check
+    from sheily_train.colab.findings import Check
 
 _MARKS = {"ok": "✓", "aviso": "!", "mal": "✗"}
 _PLAIN_MARKS = {"ok": "+", "aviso": "!", "mal": "x"}
@@ -31,7 +31,8 @@ _NAME_WIDTH = 11
 @debug_option
 def doctor(url: str | None, token: str | None, with_torch: bool, as_json: bool) -> int:
     """Print every check as it is made; 1 when something is bad."""
-    from sheily_train.colab.doctor import State, examine
+    from sheily_train.colab.doctor import examine
+    from sheily_train.colab.findings import State
 
     checks = []
     for check in examine(url, token, with_torch=with_torch):

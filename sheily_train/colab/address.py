@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from sheily_train.colab.loopback import is_loopback
 from sheily_train.errors import RequestError
 from sheily_train.i18n import _
 
@@ -240,10 +241,10 @@ def _check_plain_http(host: str, *, has_token: bool) -> str | None:
 def _nearness(host: str) -> str:
     """``here`` for this machine, ``near`` for a local network, ``far`` for the rest."""
     host = host.rstrip(".").lower()
-    if address := _ip(host):
-        return "here" if address.is_loopback or address.is_unspecified else "near" if address.is_private else "far"
-    if host == "localhost" or host.endswith(".localhost"):
+    if is_loopback(host) or host.endswith(".localhost"):
         return "here"
+    if address := _ip(host):
+        return "here" if address.is_unspecified else "near" if address.is_private else "far"
     return "near" if "." not in host or host.endswith((".local", ".lan", ".internal")) else "far"
 
 

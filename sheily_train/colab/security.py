@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import math
 import re
 import secrets
@@ -28,6 +27,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sheily_train.colab.loopback import is_loopback
 from sheily_train.errors import RefusedError, RequestError
 from sheily_train.i18n import _
 
@@ -73,15 +73,6 @@ def check_token(token: str) -> str:
             mend=_("Quita --token y SHEILY_WORKER_TOKEN, y el trabajador hará uno."),
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or number can only mean this machine."""
-    name = host.strip("[]").lower()
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
 
 
 class Guard:

@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sheily_train.colab.security import check_token, is_loopback, new_token, refusal_messages
+from sheily_train.colab.loopback import is_loopback
+from sheily_train.colab.security import check_token, new_token, refusal_messages
 from sheily_train.colab.tunnels import Tunnel, TunnelKind, open_tunnel
 from sheily_train.colab.worker import WorkerApp, WorkerSettings, create_app
 from sheily_train.durable import sync_folder

@@ -9,7 +9,6 @@ WorkerError    something else answered
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,12 +17,12 @@ import httpx2
 import orjson
 
 from sheily_train.colab.answers import misfit
+from sheily_train.colab.html_page import page_title
 from sheily_train.errors import OutOfStep, RefusedError, UnreachableError, WorkerError
 from sheily_train.i18n import _
 
 _AWAY = {408, 429, 502, 503, 504, *range(520, 531)}
 _OUT_OF_STEP = {"gap", "detached", "restarted"}
-_TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 
 
 class Hiccup(Exception):
@@ -76,7 +75,7 @@ def raise_refusal(response: httpx2.Response, body: bytes) -> NoReturn:
     if code == "damaged":
         raise Hiccup("damaged", _("El envío llegó dañado al trabajador."))
     if status in _AWAY and code != "auth":
-        text = _text(content) if content else _away(status, _page(response, body))
+        text = _text(content) if content else _away(status, page_title(response.headers, body))
         raise Hiccup(code or f"http-{status}", text, wait=float(wait) if wait.isascii() and wait.isdigit() else None)
     if status == 413 and not code:
         raise RefusedError(
@@ -85,7 +84,7 @@ def raise_refusal(response: httpx2.Response, body: bytes) -> NoReturn:
             status=413,
             code="too_large",
         )
-    if not content and (page := _page(response, body)):
+    if not content and (page := page_title(response.headers, body)):
         raise _html(page, status)
     if 300 <= status < 400:
         raise WorkerError(
@@ -102,7 +101,7 @@ def raise_refusal(response: httpx2.Response, body: bytes) -> NoReturn:
 
 def _json_object(response: httpx2.Response, body: bytes) -> dict[str, Any]:
     """The JSON object of a reply with 200; anything else says what it was."""
-    if page := _page(response, body):
+    if page := page_title(response.headers, body):
         raise _html(page, response.status_code)
     content = _object(body)
     if content is None:
@@ -125,15 +124,6 @@ def _object(body: bytes) -> dict[str, Any] | None:
 
 def _text(content: Mapping[str, Any]) -> str:
     return str(content.get("error") or content.get("detail") or "")[:500]
-
-
-def _page(response: httpx2.Response, body: bytes) -> str | None:
-    """The title of an HTML page; ``None`` when it is none."""
-    if "html" not in response.headers.get("Content-Type", "") and body.lstrip()[:1] != b"<":
-        return None
-    found = _TITLE.search(body[:20000])
-    title = " ".join(found[1].decode(errors="replace").split())[:80] if found else ""
-    return title or _("sin título")
 
 
 def _html(page: str, status: int) -> Hiccup:

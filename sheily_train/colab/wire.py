@@ -21,6 +21,7 @@ import stamina
 
 from sheily_train import __version__
 from sheily_train.colab.batches import BINARY_FORM, JSON_FORM
+from sheily_train.colab.loopback import is_loopback
 from sheily_train.colab.verdicts import Answer, Hiccup, raise_refusal, read_reply
 from sheily_train.errors import RequestError, WorkerError
 from sheily_train.i18n import _
@@ -29,7 +30,6 @@ Record = Callable[..., None]
 
 FORMS = {"binary": BINARY_FORM, "json": JSON_FORM}
 PIECE = 1024 * 1024
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _Result = TypeVar("_Result")
 
 logging.getLogger("stamina").addHandler(logging.NullHandler())  # its warnings are our records
@@ -206,7 +206,7 @@ class Wire:
             transport=self._transport,
             timeout=None,
             limits=httpx2.Limits(keepalive_expiry=30),
-            trust_env=self.host not in _LOOPBACK,
+            trust_env=not is_loopback(self.host),
         )
 
     def _patience(self, error: Exception) -> bool | float:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from sheily_train.cli.doctor import doctor
 from sheily_train.colab import doctor as examination
-from sheily_train.colab.doctor import Check, State
+from sheily_train.colab.findings import Check, State
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "verificar_setup_colab.sh"
