@@ -1628,6 +1628,7 @@ class LearnerThread:
     def _work(self) -> None:
         while job := self._jobs.get():
             job()
+            del job  # else the last one's work and result stay in memory until the next one
 
 
 def _run_job(work: Callable[[], _JobResult], result: Future[_JobResult]) -> None:
@@ -1637,6 +1638,9 @@ def _run_job(work: Callable[[], _JobResult], result: Future[_JobResult]) -> None
         value = work()
     except BaseException as error:
         result.set_exception(error)
+        # The error knows this frame, and the result the error: what the work held (a whole learner, when a state does
+        # not fit) would stay in memory until the next full collection of garbage.
+        del work, result
     else:
         result.set_result(value)
 
@@ -3054,7 +3058,8 @@ class Runs:
                 code="conflict",
             )
         if run := self._open.get(name):
-            self._save_changes(run)
+            if run.ledger.last_seq:
+                self.save(self.capture(run))  # the latest copy may not have reached the disk yet
             del self._open[name]
         self._attached[name] = seed, standing.owner
         folder, aside = self.folder / name, self.folder / f"{name}{ASIDE_SUFFIX}"
@@ -4299,7 +4304,11 @@ def _stopping_refusal() -> RefusedError:
 
 
 class _PromptProtocol(H11Protocol):
-    """HTTP that closes a connection whose request does not show its whole head in time; uvicorn would wait for ever."""
+    """HTTP whose connections end when they should: uvicorn alone would wait for ever for the rest of a request's head.
+
+    And when a body stops being HTTP, the app that was reading it is told that its client has left. It would go on, and
+    leave a traceback in the log: anybody could fill it.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -4314,6 +4323,14 @@ class _PromptProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
+
+    def send_400_responsX(self, msg: str) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        with suppress(h11.LocalProtocolError):  # an answer that has begun cannot become another one
+            super().send_400_response(msg)
+        self.transport.close()
 
     def _watch_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:

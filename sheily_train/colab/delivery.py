@@ -221,12 +221,10 @@ class Delivery:
                 _("El trabajador pierde su estado una y otra vez en el evento {seq}: {reason}").format(
                     seq=self._journal.answered_seq + 1, reason=step.message
                 ),
-                mend=_(
-                    "Mira el registro del trabajador. Si la culpa es de ese lote, la misma orden con --descartar (en "
-                    "Python, descartar_pendientes()) quita del diario lo que espera."
-                ),
+                mend=_("Mira el registro del trabajador. {discard}").format(discard=_how_to_discard()),
             )
-        return Hiccup(step.code, step.message)
+        text = f"{step.message} {_how_to_discard()}" if step.code == "restarted" else step.message
+        return Hiccup(step.code, text)
 
     async def _take_back(self, refusal: RefusedError) -> None:
         """Remove from the journal what the worker will never accept, once it is sure that it was not applied."""
@@ -260,3 +258,10 @@ class Delivery:
 
 def _nothing(_count: int) -> list[Draft]:
     return []
+
+
+def _how_to_discard() -> str:
+    return _(
+        "Si la culpa es siempre del mismo lote, la misma orden con --descartar (en Python, descartar_pendientes()) "
+        "quita del diario lo que espera."
+    )

@@ -376,7 +376,8 @@ class Runs:
                 code="conflict",
             )
         if run := self._open.get(name):
-            self._save_changes(run)
+            if run.ledger.last_seq:
+                self.save(self.capture(run))  # the latest copy may not have reached the disk yet
             del self._open[name]
         self._attached[name] = seed, standing.owner
         folder, aside = self.folder / name, self.folder / f"{name}{ASIDE_SUFFIX}"

@@ -118,6 +118,17 @@ def test_quiet_prints_nothing_and_json_only_json(run: Run) -> None:
     assert Path(found["log"]).is_file()
 
 
+def test_what_waits_can_be_discarded(run: Run) -> None:
+    """It asks nothing, tells how many events there were, and trains nothing."""
+    assert run("URL", "--muestras", "8", "--lote", "4", "--quiet")[0] == 0
+    code, out, err = run("URL", "--descartar")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].startswith("Eventos quitados del diario de «")
+    assert out.splitlines()[-1].endswith("»: 0")
+    code, out, err = run("URL", "--descartar", "--json")
+    assert (code, json.loads(out)["discarded"], err) == (0, 0, "")
+
+
 def test_presets_and_files(run: Run, home: Path) -> None:
     """A flag beats the preset; a long series in a CSV is cut into windows, with labels by name."""
     code, out, error = run("URL", "--preset", "prueba_rapida", "--muestras", "12", "--no-diagnostico")

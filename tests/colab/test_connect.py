@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from sheily_train import paths, runlog
 from sheily_train.colab.address import Address
-from sheily_train.colab.connect import Order, Outcome, connect, load_data, seconds_of
+from sheily_train.colab.batches import batch_from_binary
+from sheily_train.colab.connect import Order, Outcome, connect, discard, load_data, seconds_of
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import Kind
@@ -36,6 +38,7 @@ from sheily_train.errors import (
     RequestError,
     ResourceError,
     UnreachableError,
+    WorkerError,
 )
 from tests.colab.tiny_learner import TinyLearner
 
@@ -51,6 +54,8 @@ class Worker:
         seconds: what a batch takes.
         plain: know no runs, as OMEGA 21 v4.0 does.
     """
+
+    learner: type[TinyLearner] = TinyLearner
 
     def __init__(self, folder: Path, seconds: float = 0.0, *, plain: bool = False) -> None:
         self._folder = folder
@@ -74,7 +79,7 @@ class Worker:
             time.sleep(0.01)
 
     def _learner(self, seed: int, device: str) -> Any:
-        return TinyLearner(seed, device, seconds=self._seconds)
+        return self.learner(seed, device, seconds=self._seconds)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._plain and scope["path"] == "/run":
@@ -467,3 +472,96 @@ def test_a_name_that_cannot_be_a_run_is_refused(run: str, down: Worker) -> None:
     """It names a folder; one is the worker's own."""
     with pytest.raises((RequestError, RefusedError)):
         order(down, run=run)
+
+
+class OtherMachine(TinyLearner):
+    """Another kind of machine, with other numbers."""
+
+    fingerprint = {"device": "cuda", "torch": "tiny"}  # noqa: RUF012
+
+    def train(self, batch: Any, step: int) -> Any:
+        self.weight *= 1.25
+        return super().train(batch, step)
+
+
+def test_a_session_goes_on_at_another_machine(worker: Worker, root: Path) -> None:
+    """Refused without --rebase; with it, the log tells the return, and each batch counts once, as it was told last."""
+    connect(order(worker))
+    before = records("step")
+    worker.stop()
+    worker.learner = OtherMachine
+    worker.start()
+    with pytest.raises(WorkerError, match="otra clase de máquina"):
+        connect(order(worker, Settings(), resume=True))
+    outcome = connect(order(worker, Settings(), resume=True, rebase=True, report=root / "informe.md"))
+    [told] = records("rebase")
+    assert told == {"event": "rebase", "seq": 0, "from": TinyLearner.fingerprint, "to": OtherMachine.fingerprint}
+    again = records("step")[5:]
+    assert [step["seq"] for step in again] == [1, 2, 3, 4, 5]
+    assert again[0]["loss"] != before[0]["loss"]
+    assert (outcome.numbers["batches"], outcome.numbers["loss"]) == (5, again[-1]["loss"])
+    assert outcome.numbers["loss_first"] == again[0]["loss"]
+    report = (root / "informe.md").read_text(encoding="utf-8")
+    assert "siguió en otra máquina (--rebase)" in report
+    assert "device cpu → cuda" in report
+    connect(order(worker))
+    assert len(records("rebase")) == 1
+
+
+def test_a_return_that_a_kill_left_out_of_the_log_is_told(worker: Worker) -> None:
+    """The journal had gone back, the log did not say so yet: it is told before what was trained anew."""
+    connect(order(worker))
+    worker.stop()
+    shutil.rmtree(worker._folder)
+    with journal() as book:
+        book.rebase(0, OtherMachine.fingerprint)
+    worker.learner = OtherMachine
+    worker.start()
+    outcome = connect(order(worker, Settings(), resume=True))
+    told = [(record["event"], record["seq"]) for record in records() if record["event"] in ("step", "rebase")]
+    assert told == [*(("step", seq) for seq in range(1, 6)), ("rebase", 0), *(("step", seq) for seq in range(1, 6))]
+    assert outcome.numbers["loss"] == records("step")[-1]["loss"]
+
+
+class Choking(TinyLearner):
+    """A network that fails at certain vectors each time."""
+
+    bad: ClassVar[set[bytes]] = set()
+
+    def train(self, batch: Any, step: int) -> Any:
+        if batch.input_data.tobytes() in self.bad:
+            raise RuntimeError("the device fell off the bus")
+        return super().train(batch, step)
+
+
+@pytest.mark.parametrize("choking", [0, 2])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_session_goes_on_after_what_was_discarded(down: Worker, feedback: bool, choking: int) -> None:
+    """A batch at which the worker always fails is removed with those behind it, and only they are left out."""
+    settings = Settings(muestras=40, lote=4, feedback=feedback)
+    rows = load_data(settings, 1).input_data
+    Choking.bad = {rows[4 * choking : 4 * choking + 4].tobytes()}
+    down.learner = Choking
+    down.start()
+    try:
+        with pytest.raises(WorkerError, match="--descartar"):
+            connect(order(down, settings))
+        with journal() as book:
+            waiting = book.last_seq - book.answered_seq
+        assert waiting == (1 if feedback else waiting) > 0
+        heard: list[runlog.Record] = []
+        assert discard(order(down, Settings()), listeners=(heard.append,)) == waiting
+        told = [record for record in heard if record["event"] != "resync"]
+        assert told == [{"event": "note", "text": f"Eventos quitados del diario de «principal»: {waiting}"}]
+        assert discard(order(down, Settings())) == 0
+        outcome = connect(order(down, Settings(), resume=True))
+    finally:
+        down.stop()
+    with journal() as book:
+        batches = [entry for entry in book.entries() if entry.event.kind is Kind.TRAIN]
+        assert book.answered_seq == book.last_seq == len(batches) + (len(batches) - 1 if feedback else 0)
+    assert (outcome.numbers["session"], outcome.numbers["batches"]) == (1, 10 - waiting)
+    left = [*range(choking), *range(choking + waiting, 10)]
+    assert [batch_from_binary(entry.event.body).input_data.tobytes() for entry in batches] == [
+        rows[4 * number : 4 * number + 4].tobytes() for number in left
+    ]

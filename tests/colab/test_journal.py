@@ -245,6 +245,84 @@ def test_what_was_not_applied_can_be_withdrawn(tmp_path: Path) -> None:
         assert journal.last_seq == 3
 
 
+CPU, GPU = {"device": "cpu"}, {"device": "cuda"}
+
+
+def rebased(folder: Path, seq: int = 2) -> Journal:
+    journal = filled(folder)
+    journal.fingerprint = CPU
+    for number in range(1, 5):
+        journal.answered(number, b"answer %d" % number)
+    journal.rebase(seq, GPU)
+    return journal
+
+
+@pytest.mark.parametrize("seq", [0, 2, 4])
+def test_going_back_changes_what_follows_and_nothing_before(tmp_path: Path, seq: int) -> None:
+    """Answers after it are gone, the chain is another from it on, and a journal opened again says the same."""
+    with rebased(tmp_path, seq) as journal:
+        plain = [first_chain("uno", 7)]
+        for entry in journal.entries():
+            plain.append(next_chain(plain[-1], entry.digest))
+        chains = [journal.chain(number) for number in range(5)]
+        same = [chain == other for chain, other in zip(chains, plain, strict=True)]
+        assert same == [True] * seq + [False] * (5 - seq)
+        assert (journal.answered_seq, journal.last_seq, journal.fingerprint) == (seq, 4, GPU)
+        assert journal.chains(seq) == [plain[seq], journal.chain(seq)]
+        assert [journal.has_left(number, plain[number]) for number in range(5)] == [not each for each in same]
+        assert not journal.has_left(3, "0" * 64)
+        assert not journal.has_left(9, plain[4])
+        [made] = journal.breaks.made
+        assert (made.seq, made.left, made.taken) == (seq, CPU, GPU)
+    with Journal(tmp_path, "uno") as journal:
+        assert [journal.chain(number) for number in range(5)] == chains
+        assert len(list(journal.entries())) == 4
+        entry = journal.append(Kind.TRAIN, BINARY_FORM, b"five")
+        assert entry.chain == next_chain(chains[4], entry.digest)
+        assert journal.breaks.made == (made,)
+
+
+def test_going_back_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure on the way leaves the journal as it was, in memory and on the disk."""
+    with filled(tmp_path) as journal:
+        journal.answered(1, b"one")
+        before = [journal.chain(number) for number in range(5)]
+        monkeypatch.setattr(journal, "_digests", lambda _last: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            journal.rebase(0, GPU)
+        assert ([journal.chain(number) for number in range(5)], journal.answered_seq) == (before, 1)
+    with Journal(tmp_path, "uno") as journal:
+        assert (journal.breaks.made, journal.fingerprint) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("UPDATE events SET digest = 'x' WHERE seq = 2", "evento 2"),
+        ("UPDATE events SET chain = 'x' WHERE seq = 2", "evento 2"),
+        ("UPDATE facts SET value = replace(value, 'cuda', 'cudb') WHERE name = 'breaks'", "breaks"),
+        ("DELETE FROM facts WHERE name = 'breaks'", "evento 2"),
+    ],
+)
+def test_damage_to_a_break_is_named(tmp_path: Path, statement: str, named: str) -> None:
+    """A break that is changed or gone, or an event beside it, is noticed when the journal is opened."""
+    rebased(tmp_path).close()
+    edit(tmp_path, statement)
+    with pytest.raises(DataError, match=named):
+        Journal(tmp_path, "uno")
+
+
+def test_a_flipped_bit_in_a_break_is_noticed(tmp_path: Path) -> None:
+    """So is one flipped on the disk, in the file itself."""
+    rebased(tmp_path).close()
+    path = tmp_path / JOURNAL_FILE
+    content = bytearray(path.read_bytes())
+    content[content.index(b'"to": {"device"') + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="breaks"):
+        Journal(tmp_path, "uno")
+
+
 def test_threads_may_share_it(tmp_path: Path) -> None:
     """Appends of several threads get consecutive numbers, and one chain."""
     with Journal(tmp_path, "uno") as journal:

@@ -11,8 +11,8 @@ import pytest
 
 import sheily_train.colab.runs
 from sheily_train.colab.batches import make_batch, make_feedback
-from sheily_train.colab.protocol import Claim, next_chain
-from sheily_train.colab.runs import ANONYMOUS_RUN, Run, Runs, Statistics
+from sheily_train.colab.protocol import Claim, first_chain, next_chain
+from sheily_train.colab.runs import ANONYMOUS_RUN, ASIDE_SUFFIX, Run, Runs, Standing, Statistics
 from sheily_train.colab.snapshots import Snapshots, pack_snapshot
 from sheily_train.errors import RefusedError
 from tests.colab.tiny_learner import POISON, TinyLearner
@@ -273,6 +273,86 @@ def test_a_state_of_another_kind_of_machine_is_refused(tmp_path: Path, monkeypat
     with pytest.raises(RefusedError) as caught:
         other.replace("uno", 1, snapshot)
     assert code_of(caught) == ("fingerprint", 409)
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    """Where a run stands is told from memory, from its snapshot or its facts, and not known where it never was."""
+    runs = make_runs(tmp_path)
+    assert runs.look("uno") is None
+    runs.attach("uno", 1, 3)
+    fresh = make_runs(tmp_path).look("uno")
+    assert fresh == Standing(1, 4, 0, first_chain("uno", 1), None)
+    feed(runs, "uno", 2)
+    seen = runs.look("uno")
+    assert seen == Standing(1, 4, 2, runs.get("uno").ledger.chain, TinyLearner.fingerprint)
+    runs.close()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = make_runs(tmp_path)
+    assert again.look("uno") == seen
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert not again._open
+
+
+def test_looking_passes_over_a_damaged_snapshot(tmp_path: Path, clock: Clock) -> None:
+    """What is told is what an attachment would find."""
+    runs = make_runs(tmp_path, clock)
+    runs.attach("uno", 1, 0)
+    for count in (2, 4):
+        feed(runs, "uno", count)
+        runs.save(runs.capture(runs.get("uno")))
+    newest = Snapshots(tmp_path / "uno").folders()[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    standing = make_runs(tmp_path).look("uno")
+    assert standing is not None
+    assert standing.last_seq == make_runs(tmp_path).attach("uno", 1, 0).ledger.last_seq == 2
+
+
+def test_a_run_set_aside_begins_anew(tmp_path: Path) -> None:
+    """All of it is kept beside, whoever owned it is fenced off, and nothing of it comes back."""
+    runs = make_runs(tmp_path)
+    runs.attach("uno", 1, 0)
+    feed(runs, "uno", 3)
+    left, late = runs.get("uno").ledger.chain, runs.capture(runs.get("uno"))
+    with pytest.raises(RefusedError, match="ya no está") as caught:
+        runs.attach("uno", 1, 0, aside="0" * 64)
+    assert code_of(caught) == ("conflict", 422)
+    run = runs.attach("uno", 1, 0, chain="c" * 64, aside=left)
+    assert (run.ledger.last_seq, run.ledger.chain, run.ledger.owner) == (0, "c" * 64, 2)
+    runs.save(late)
+    assert not Snapshots(tmp_path / "uno").folders()
+    assert Snapshots(tmp_path / f"uno{ASIDE_SUFFIX}").newest()[0] is not None
+    assert [card.last_seq for card in runs.saved_cards()] == []
+    again = make_runs(tmp_path).attach("uno", 1, 0, chain="d" * 64)
+    assert (again.ledger.last_seq, again.ledger.chain, again.ledger.owner) == (0, "c" * 64, 3)
+
+
+def test_what_learned_nothing_does_not_push_out_what_was_set_aside(tmp_path: Path) -> None:
+    """Setting aside a run without events keeps the state that was set aside before it."""
+    runs = make_runs(tmp_path)
+    runs.attach("uno", 1, 0)
+    feed(runs, "uno", 3)
+    runs.attach("uno", 1, 0, aside=runs.get("uno").ledger.chain)
+    run = runs.attach("uno", 1, 0, chain="c" * 64, aside=runs.get("uno").ledger.chain)
+    assert (run.ledger.chain, run.ledger.owner) == ("c" * 64, 3)
+    snapshot, _damaged = Snapshots(tmp_path / f"uno{ASIDE_SUFFIX}").newest()
+    assert snapshot is not None
+    assert snapshot.seq == 3
+
+
+def test_a_state_of_another_machine_goes_on_under_a_new_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its client says so; from then on it is this worker's own, and its events must follow that chain."""
+    runs = make_runs(tmp_path / "a")
+    runs.attach("uno", 1, 0)
+    feed(runs, "uno", 2)
+    snapshot = runs.get("uno").snapshot()
+    monkeypatch.setattr(TinyLearner, "fingerprint", {"device": "cuda", "torch": "tiny"})
+    other = make_runs(tmp_path / "b")
+    other.attach("uno", 1, 0)
+    run = other.replace("uno", 1, snapshot, "c" * 64)
+    assert (run.ledger.last_seq, run.ledger.chain) == (2, "c" * 64)
+    assert run.snapshot().facts["fingerprint"] == TinyLearner.fingerprint
+    other.save(other.capture(run))
+    assert make_runs(tmp_path / "b").attach("uno", 1, 1).ledger.chain == "c" * 64
 
 
 def test_a_state_can_be_put_in_another_worker(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sheily_train.colab.story import Summary, read_story, split
+from sheily_train.colab.story import Rebase, Summary, read_story, split
 from sheily_train.errors import DataError, RequestError
 from tests.colab.made_logs import Event, session, step, wire, write_log
 
@@ -77,6 +77,16 @@ def test_a_history_begun_anew_replaces_the_old_one(tmp_path: Path) -> None:
     found = story.summary
     assert (found.batches, found.loss_last, found.feedback, found.latency_p50) == (3, 0.5, 1, 1.0)
     assert [each.seq for each in story.wires] == [1, 2, 3]
+
+
+def test_what_another_machine_trained_anew_replaces_what_was(tmp_path: Path) -> None:
+    """After a return each event counts once, as it was told last, though its numbers be the same."""
+    old = [each for seq in range(1, 6) for each in (step(seq, 1.0), wire(seq, 1.0))]
+    back = ("rebase", {"seq": 2, "from": {"device": "cpu"}, "to": {"device": "cuda"}})
+    story = read_story(write_log(tmp_path / "l.jsonl", *old, back, step(3, 1.0), wire(3, 0.2)))
+    assert [each.seq for each in story.steps] == [each.seq for each in story.wires] == [1, 2, 3]
+    assert (story.summary.rebases, story.summary.batches) == (1, 3)
+    assert story.rebases == [Rebase(2, {"device": "cpu"}, {"device": "cuda"})]
 
 
 @pytest.mark.parametrize(

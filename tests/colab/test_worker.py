@@ -243,6 +243,33 @@ def test_attach_tells_what_a_client_needs(tmp_path: Path) -> None:
     run_async(tmp_path, work)
 
 
+def test_a_look_takes_nothing(tmp_path: Path) -> None:
+    """``GET /run`` tells where a run stands; owner, state and the client in hand stay as they are."""
+
+    async def work(desk: Desk) -> None:
+        async def look(**headers: str) -> httpx2.Response:
+            return await desk.http.get("/run", headers={"Sheily-Run": "uno", **headers})
+
+        unknown = (await look()).json()
+        assert (unknown["known"], unknown["owner"], unknown["fingerprint"]) == (False, 0, TinyLearner.fingerprint)
+        attached = await desk.attach()
+        await desk.feed(3)
+        seen = (await look()).json()
+        assert seen == {
+            **attached,
+            "last_seq": 3,
+            "chain": desk.chain,
+            "known": True,
+            "state_fingerprint": TinyLearner.fingerprint,
+        }
+        assert (await look()).json() == seen
+        await desk.feed(1)
+        check_error(await look(**{"Sheily-Run": "../x"}), 400, "invalid")
+        check_error(await desk.http.get("/run"), 400, "invalid")
+
+    run_async(tmp_path, work)
+
+
 # Applied once
 
 
@@ -524,6 +551,8 @@ def bad_requests() -> dict[str, tuple[int, dict[str, Any]]]:
         "run with a bad seed": (400, as_json({"run": "dos", "seed": -1}, "/run")),
         "run with a bad owner": (400, as_json({"run": "dos", "owner": "1"}, "/run")),
         "run with true": (400, as_json({"run": "dos", "seed": True}, "/run")),
+        "run with a bad chain": (400, as_json({"run": "dos", "chain": "0"}, "/run")),
+        "run with a bad rebase": (400, as_json({"run": "dos", "rebase": True}, "/run")),
         "run reserved": (422, as_json({"run": "anonimo"}, "/run")),
         "run no JSON": (400, as_json(b"{", "/run")),
         "run as binary": (415, as_binary(b"{}", "/run")),

@@ -147,7 +147,7 @@ def test_the_summary_leaves_out_what_there_was_not() -> None:
     assert lines == ["✅ Entrenamiento completado", "   Vectores: 0 en 0 lotes", "   Tiempo: 0.0 s (0 vectores/s)"]
 
 
-def test_diagnosis_metrics_resync_and_notes_are_told() -> None:
+def test_diagnosis_metrics_resync_rebase_and_notes_are_told() -> None:
     """Also by a worker that says little."""
     diagnosis = {
         "event": "diagnosis",
@@ -164,8 +164,10 @@ def test_diagnosis_metrics_resync_and_notes_are_told() -> None:
         "feedback_tasa_exito": 0.75,
     }
     resync = {"event": "resync", "from_seq": 3, "to_seq": 9}
+    rebase = {"event": "rebase", "seq": 2, "from": {"device": "cpu"}, "to": {"device": "cuda"}}
     note = {"event": "note", "text": "Una [nota]"}
-    assert plain(diagnosis, metrics, resync, note) == [
+    beginning = {**rebase, "seq": 0, "from": rebase["to"]}
+    assert plain(diagnosis, metrics, resync, rebase, beginning, note) == [
         "Diagnóstico correcto: entrada [1, 1600]; salidas anomaly [1] · dendrites [1, 16]; CUDA: sí",
         "Métricas del trabajador:",
         "   Últimas pérdidas: 0.5000 0.2500",
@@ -173,6 +175,8 @@ def test_diagnosis_metrics_resync_and_notes_are_told() -> None:
         "   Anomalías detectadas: 7",
         "   Éxito del feedback: 75.0 %",
         "El trabajador recupera desde el diario los eventos 3 a 9",
+        "El entrenamiento vuelve al evento 2 y se entrena de nuevo desde ahí: device cpu → cuda",
+        "El entrenamiento vuelve al evento 0 y se entrena de nuevo desde ahí",
         "Una [nota]",
     ]
     little = [{"event": name} for name in ("diagnosis", "metrics", "retry")]
