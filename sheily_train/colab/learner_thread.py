@@ -62,6 +62,7 @@ class LearnerThread:
     def _work(self) -> None:
         while job := self._jobs.get():
             job()
+            del job  # else the last one's work and result stay in memory until the next one
 
 
 def _run_job(work: Callable[[], _JobResult], result: Future[_JobResult]) -> None:
@@ -71,5 +72,8 @@ def _run_job(work: Callable[[], _JobResult], result: Future[_JobResult]) -> None
         value = work()
     except BaseException as error:
         result.set_exception(error)
+        # The error knows this frame, and the result the error: what the work held (a whole learner, when a state does
+        # not fit) would stay in memory until the next full collection of garbage.
+        del work, result
     else:
         result.set_result(value)

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -262,7 +262,11 @@ def _stopping_refusal() -> RefusedError:
 
 
 class _PromptProtocol(H11Protocol):
-    """HTTP that closes a connection whose request does not show its whole head in time; uvicorn would wait for ever."""
+    """HTTP whose connections end when they should: uvicorn alone would wait for ever for the rest of a request's head.
+
+    And when a body stops being HTTP, the app that was reading it is told that its client has left. It would go on, and
+    leave a traceback in the log: anybody could fill it.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -277,6 +281,14 @@ class _PromptProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        with suppress(h11.LocalProtocolError):  # an answer that has begun cannot become another one
+            super().send_400_response(msg)
+        self.transport.close()
 
     def _watch_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:

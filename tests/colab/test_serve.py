@@ -433,3 +433,18 @@ def test_a_worker_open_to_the_net_shows_an_address_of_this_machine(begin: Callab
     assert "0.0.0.0" not in worker.address
     assert call(worker.address, "/health")["alive"] is True
     assert "sin cifrar" in said[-1]
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_a_body_that_stops_being_http_leaves_no_traceback(
+    begin: Callable[..., BackgroundWorker], caplog: pytest.LogCaptureFixture, token: bool
+) -> None:
+    """A broken chunk, before or while the app answers, is refused or cut off, and nobody can fill the log with it."""
+    address = begin().address
+    shown = f"Authorization: Bearer {address.partition('#token=')[2]}\r\n" if token else ""
+    head = f"POST /train_layer2 HTTP/1.1\r\nHost: x\r\n{shown}Transfer-Encoding: chunked\r\n\r\n".encode()
+    assert raw(address, head + b"3\r\nabc\r\nzz\r\n")[0].startswith(b"HTTP/1.1 400 ")
+    said, _seconds = raw(address, head + b"3\r\nabc\r\n", b"zz\r\n", pause=0.2)
+    assert said.startswith(b"HTTP/1.1 400 " if token else b"HTTP/1.1 401 ")
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+    assert call(address, "/health")["alive"] is True
