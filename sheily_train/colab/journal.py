@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from sheily_train import durable
 from sheily_train.colab.breaks import Break, Breaks
 from sheily_train.colab.protocol import Event, Kind, check_run_id, first_chain, next_chain
+from sheily_train.colab.write_ahead_log import hidden_commits
 from sheily_train.errors import BusyError, DataError, ResourceError
 from sheily_train.i18n import _
 
@@ -42,6 +43,11 @@ CREATE TABLE events (
 CREATE INDEX unanswered ON events (seq) WHERE answer IS NULL;
 CREATE TABLE bodies (seq INTEGER PRIMARY KEY, body BLOB NOT NULL);
 """
+_NOT_TAKEN = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_TOOBIG),
+}
+"""SQLite's errors of a disk or machine; after any other one the file is not what was written."""
 _COLUMNS = "seq, kind, time, form, digest, chain, answer, answer_sha256"
 
 
@@ -176,6 +182,8 @@ class Journal:
         body = self._row("SELECT body FROM bodies WHERE seq = ?", seq)
         if row is None or body is None:
             raise self._damaged(seq, _("no está"))
+        if not (all(isinstance(text, str) for text in row[1:6]) and isinstance(body[0], bytes)):
+            raise self._damaged(seq, _("su contenido no es el que se anotó"))
         event = Event(seq, self._kind(seq, row[1]), row[2], row[3], body[0])
         if event.digest() != row[4] or self.chains(seq)[-1] != row[5]:
             raise self._damaged(seq, _("su contenido no es el que se anotó"))
@@ -285,11 +293,16 @@ class Journal:
     def _open(self) -> sqlite3.Connection:
         path = self.folder / JOURNAL_FILE
         with self._explained():
+            log = path.with_name(f"{path.name}-wal")
+            if (hidden := hidden_commits(log, _PAGE_BYTES)) > 1:
+                text = _("en {log} hay un dato dañado, y lo que se anotó después, {count} veces, no se puede leer")
+                raise self._damaged(0, text.format(log=log.name, count=hidden))
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
             try:
                 connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # nothing torn stays in the log
             except BaseException:
                 connection.close()
                 raise
@@ -309,6 +322,7 @@ class Journal:
                 self._run(f"PRAGMA user_version={_VERSION}")
             durable.sync_folder(self.folder)
             durable.sync_folder(self.folder.parent)
+        self._check_tables()
         if (found := self._fact("run")) != self.run:
             raise DataError(
                 _("El diario de {folder} es de «{found}», no de «{run}».").format(
@@ -316,6 +330,13 @@ class Journal:
                 ),
                 mend=_("Usa --run {found}, u otra carpeta.").format(found=found),
             )
+
+    def _check_tables(self) -> None:
+        """Know that tables and indexes say the same; the bodies, which are long, are checked when they are read."""
+        for table in ("facts", "events"):
+            [found] = self._row(f"PRAGMA integrity_check({table})")
+            if found != "ok":
+                raise self._damaged(0, " ".join(str(found).split()))
 
     def _check(self) -> None:
         """Walk along the chain."""
@@ -362,7 +383,7 @@ class Journal:
             raise self._damaged(seq, _("su contenido no es el que se anotó")) from None
 
     def _answer(self, seq: int, answer: bytes | None, sha256: str | None) -> bytes | None:
-        if answer is not None and _sha256(answer) != sha256:
+        if answer is not None and not (isinstance(answer, bytes) and _sha256(answer) == sha256):
             raise self._damaged(seq, _("su respuesta no es la que se anotó"))
         return answer
 
@@ -384,9 +405,10 @@ class Journal:
             raise ResourceError(_("El diario dejó de poder escribirse."), mend=_("Repite la orden."))
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # what is no text may stand in an error's own text, too
             self._failed = True
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            if code not in _NOT_TAKEN and not isinstance(error, sqlite3.ProgrammingError):
                 raise self._damaged(0, str(error)) from error
             raise ResourceError(
                 _("El diario {file} no se puede escribir: {reason}.").format(
