@@ -72,6 +72,7 @@ OTHER_FLAGS = {
     "--cov-report": "pytest",
     "--gpu": "colab new",
     "--proxy-mode": "colab ssh",
+    "--requests": "testing.garbage",
 }
 
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
