@@ -15,6 +15,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of the hub start processes that say otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin wait long for a core that others use
 
 PHYSICS = (
     ("¿Qué mide un termómetro?", "La temperatura."),
