@@ -217,6 +217,26 @@ def test_a_run_goes_on_with_another_machines_numbers(tmp_path: Path, common: int
     app.close()
 
 
+def test_a_break_is_passed_with_a_state_however_little_there_is_to_replay(tmp_path: Path) -> None:
+    """Events alone do not bring a worker past a break, also where they are fewer bytes than the state."""
+    old, app = new_worker(tmp_path / "old"), new_worker(tmp_path / "new", Turned)
+
+    async def two_feedbacks(client: ClienteColabAsincrono) -> Path:
+        for validated in (True, False):
+            await client.enviar_feedback([0.1] * 16, validated)
+        return await client.descargar_estado()
+
+    state = run(desk(tmp_path, old), two_feedbacks)
+    with Journal(tmp_path / "desk", "principal") as journal:
+        assert journal.body_bytes(0, 2) < state.stat().st_size
+    run(desk(tmp_path, app), rebased)
+    with Journal(tmp_path / "desk", "principal") as journal:
+        assert [made.seq for made in journal.breaks.made] == [2]
+    assert state_of(tmp_path, app) == moved_on(tmp_path, 2)
+    for each in (old, app):
+        each.close()
+
+
 def test_a_rebase_of_nothing_is_an_ordinary_connection(tmp_path: Path) -> None:
     """On the machine of the run, or with a run that has no answers, --rebase changes nothing."""
     records: Records = []
@@ -338,6 +358,27 @@ def test_a_tunnel_that_refuses_the_state_leaves_the_beginning(tmp_path: Path) ->
     assert [fields["seq"] for event, fields in records if event == "rebase"] == [4, 0]
     assert state_of(tmp_path, app) == moved_on(tmp_path, 0)
     app.close()
+    app = new_worker(tmp_path / "newer", Turned)
+    assert state_of(tmp_path, app) == moved_on(tmp_path, 0), "the state of the history that was left is given to nobody"
+    app.close()
+
+
+def test_a_machine_that_changes_in_mid_replay_is_gone_on_with(tmp_path: Path) -> None:
+    """Events that were read before the run went back are not sent with the chain of before."""
+    trained(tmp_path, pulled_after=None)
+    apps = [new_worker(tmp_path / "new")]
+    asked: list[str] = []
+
+    def answer(scope: Any) -> Asgi | None:
+        asked.append(scope["path"])
+        if asked.count("/train_layer2") == 3 and len(apps) == 1:
+            apps.append(new_worker(tmp_path / "newer", Turned))
+        return None if len(apps) == 1 else apps[-1]
+
+    run(desk(tmp_path, between(apps[0], answer)), rebased)
+    assert state_of(tmp_path, apps[-1]) == moved_on(tmp_path, 0)
+    for app in apps:
+        app.close()
 
 
 def test_a_break_whose_state_is_gone_is_told(tmp_path: Path) -> None:

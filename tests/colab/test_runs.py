@@ -326,6 +326,19 @@ def test_a_run_set_aside_begins_anew(tmp_path: Path) -> None:
     assert (again.ledger.last_seq, again.ledger.chain, again.ledger.owner) == (0, "c" * 64, 3)
 
 
+def test_a_copy_that_comes_after_its_run_was_set_aside_is_not_written(tmp_path: Path) -> None:
+    """Not even of a run that had left the memory by then."""
+    runs = make_runs(tmp_path)
+    runs.attach("uno", 1, 0)
+    feed(runs, "uno", 3)
+    late = runs.capture(runs.get("uno"))
+    for name in ("dos", "tres"):
+        runs.attach(name, 1, 0)
+    runs.attach("uno", 1, 0, chain="c" * 64, aside=first_chain("uno", 1))
+    runs.save(late)
+    assert not Snapshots(tmp_path / "uno").folders()
+
+
 def test_what_learned_nothing_does_not_push_out_what_was_set_aside(tmp_path: Path) -> None:
     """Setting aside a run without events keeps the state that was set aside before it."""
     runs = make_runs(tmp_path)
