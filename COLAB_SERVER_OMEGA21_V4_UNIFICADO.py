@@ -141,7 +141,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException as BrokenDownload
 from pathlib import Path
 from types import FrameType
@@ -1810,6 +1810,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 SNAPSHOTS_KEPT = 3
 MAX_SNAPSHOT_HEADER = 8 * 1024 * 1024
+MAX_SNAPSHOT_SEQ = 10**12 - 1
+"""The last event whose number fits a folder's name; a snapshot of a later one would never be found again."""
 UNFINISHED_SNAPSHOT = ".unfinished"
 
 _SNAPSHOT_FILE, _SNAPSHOT_MANIFEST, _FACTS_KEY = "state.safetensors", "manifest.json", "run"
@@ -1911,12 +1913,21 @@ def _manifest_of(folder: Path) -> dict[str, str]:
 
 def _facts_in_header(header: bytes) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = orjson.loads(orjson.loads(header)["__metadata__"][_FACTS_KEY])
-        if type(facts["seq"]) is int:
+        entries = json.loads(header.decode(), object_pairs_hook=_each_once)
+        facts: dict[str, Any] = orjson.loads(entries["__metadata__"][_FACTS_KEY])
+        if type(facts["seq"]) is int and 0 <= facts["seq"] <= MAX_SNAPSHOT_SEQ:
             return facts
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise _no_snapshot()
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands in it twice, two readers could take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
 
 
 def _verified_snapshot(folder: Path) -> Snapshot | None:
@@ -2718,6 +2729,8 @@ LOSSES_KEPT = 100
 LOSSES_SHOWN = 20
 STEADY_SHARE = 0.01
 RUN_FACTS_FILE = "run.json"
+MAX_COUNT = 10**15
+"""No count of a run's state comes near it; sums of two such are still numbers that JSON can carry."""
 ASIDE_SUFFIX = ".aside"
 """Ends the folder of a state that was set aside; no run's name has a dot."""
 
@@ -3145,7 +3158,8 @@ def _read_run_facts(snapshot: Snapshot) -> tuple[Ledger, Statistics, dict[str, s
     fits = all(type(value) is type(vars(model)[name]) for found, model in alike for name, value in vars(found).items())
     if not (fits and isinstance(fingerprint, dict) and all(isinstance(loss, float) for loss in statistics.losses)):
         raise _unfit_state()
-    if ledger.last_seq != snapshot.seq:
+    counts = [ledger.owner, *(count for count in vars(statistics).values() if isinstance(count, int))]
+    if ledger.last_seq != snapshot.seq or not all(0 <= count <= MAX_COUNT for count in counts):
         raise _unfit_state()
     return ledger, statistics, fingerprint
 
@@ -4042,7 +4056,7 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
             openapi_extra=description,
         )
     api.add_api_route("/docs", _docs_page, methods=["GET", "HEAD"], include_in_schema=False)
-    api.openapi_schema = describe_api(api)
+    api.openapi = cache(partial(describe_api, api))  # type: ignore[method-assign]  # nobody may ask for it
     return api
 
 
@@ -4324,7 +4338,7 @@ class _PromptProtocol(H11Protocol):
         self._forget_head()
         super().connection_lost(exc)
 
-    def send_400_responsX(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

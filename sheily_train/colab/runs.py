@@ -36,6 +36,8 @@ LOSSES_KEPT = 100
 LOSSES_SHOWN = 20
 STEADY_SHARE = 0.01
 RUN_FACTS_FILE = "run.json"
+MAX_COUNT = 10**15
+"""No count of a run's state comes near it; sums of two such are still numbers that JSON can carry."""
 ASIDE_SUFFIX = ".aside"
 """Ends the folder of a state that was set aside; no run's name has a dot."""
 
@@ -463,7 +465,8 @@ def _read_run_facts(snapshot: Snapshot) -> tuple[Ledger, Statistics, dict[str, s
     fits = all(type(value) is type(vars(model)[name]) for found, model in alike for name, value in vars(found).items())
     if not (fits and isinstance(fingerprint, dict) and all(isinstance(loss, float) for loss in statistics.losses)):
         raise _unfit_state()
-    if ledger.last_seq != snapshot.seq:
+    counts = [ledger.owner, *(count for count in vars(statistics).values() if isinstance(count, int))]
+    if ledger.last_seq != snapshot.seq or not all(0 <= count <= MAX_COUNT for count in counts):
         raise _unfit_state()
     return ledger, statistics, fingerprint
 

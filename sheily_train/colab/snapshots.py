@@ -10,6 +10,7 @@ ever pickled.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from sheily_train.i18n import _
 
 SNAPSHOTS_KEPT = 3
 MAX_SNAPSHOT_HEADER = 8 * 1024 * 1024
+MAX_SNAPSHOT_SEQ = 10**12 - 1
+"""The last event whose number fits a folder's name; a snapshot of a later one would never be found again."""
 UNFINISHED_SNAPSHOT = ".unfinished"
 
 _SNAPSHOT_FILE, _SNAPSHOT_MANIFEST, _FACTS_KEY = "state.safetensors", "manifest.json", "run"
@@ -128,12 +131,21 @@ def _manifest_of(folder: Path) -> dict[str, str]:
 
 def _facts_in_header(header: bytes) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = orjson.loads(orjson.loads(header)["__metadata__"][_FACTS_KEY])
-        if type(facts["seq"]) is int:
+        entries = json.loads(header.decode(), object_pairs_hook=_each_once)
+        facts: dict[str, Any] = orjson.loads(entries["__metadata__"][_FACTS_KEY])
+        if type(facts["seq"]) is int and 0 <= facts["seq"] <= MAX_SNAPSHOT_SEQ:
             return facts
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise _no_snapshot()
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that stands in it twice, two readers could take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
 
 
 def _verified_snapshot(folder: Path) -> Snapshot | None:

@@ -154,6 +154,15 @@ def test_only_health_and_the_empty_docs_page_answer_a_stranger(method: str, path
     assert ask(guard(), scope(method, path))[0] == status
 
 
+@pytest.mark.parametrize("query", [b"token=%s", b"access_token=%s", b"Authorization=Bearer%%20%s", b"%s"])
+def test_a_token_in_the_query_is_none(query: bytes) -> None:
+    """Addresses with a query end up in logs and histories: the token counts in its header only."""
+    app = Echo()
+    request = {**scope("GET", "/status"), "query_string": query % TOKEN.encode()}
+    assert refused(ask(guard(app), request)) == (401, "auth")
+    assert app.scopes == []
+
+
 def test_two_authorization_headers_are_refused() -> None:
     """Two readers of one request could pick different ones."""
     wrong = (b"authorization", b"Bearer wrong")

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +200,59 @@ def test_a_changed_byte_is_refused_or_read(place: int, change: int) -> None:
     except RefusedError:
         return
     assert isinstance(found.seq, int)
+
+
+NUMBERS = st.sampled_from([-1, 0, 1, 4, 6400, 2**31, 2**63, 2**64 - 1, 2**64, 1.5, None, "1"])
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(
+            ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E5M2", "F4", "C64", "Q9", ""]
+        ),
+        "shape": st.lists(NUMBERS, max_size=3),
+        "data_offsets": st.lists(NUMBERS, min_size=2, max_size=3),
+    }
+)
+FACTS = st.sampled_from(
+    ["{}", "[]", "null", "", '{"seq": 1}', '{"seq": 1e999}', '{"seq": -1}', '{"seq": true}', "[" * 2000]
+)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["weight", "steps", "x", ""]), ENTRIES | st.none() | st.integers()),
+    st.fixed_dictionaries({"run": FACTS}) | st.none() | st.integers(),
+    st.integers(0, 70),
+)
+def test_any_header_is_refused_or_read(entries: dict[str, Any], metadata: Any, size: int) -> None:
+    """Headers that lie about types, shapes, offsets and facts give a snapshot, or a RefusedError that is a 4xx."""
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    refused: RefusedError | None = None
+    try:
+        assert unpack_snapshot(struct.pack("<Q", len(text)) + text + b"\x01" * size).seq == 1
+    except RefusedError as error:
+        refused = error
+    assert refused is None or (400 <= refused.status < 500 and refused.mend)
+
+
+KNOWN = b'{"__metadata__": {"run": "{\\"seq\\": 1}"}, '
+LIES: dict[str, bytes] = {
+    "deep": b'{"a":' * 100_000,
+    "deep facts": b'{"__metadata__": {"run": "' + b"[" * 100_000 + b'"}}',
+    "one name twice": KNOWN + b'"x": %s, "x": %s}',
+    "two in one place": KNOWN + b'"x": %s, "y": %s}',
+    "a hole between": KNOWN + b'"x": %s, "y": {"dtype": "U8", "shape": [1], "data_offsets": [7, 8]}}',
+    "another type": KNOWN + b'"x": {"dtype": "F64", "shape": [4], "data_offsets": [0, 4]}}',
+    "another shape": KNOWN + b'"x": {"dtype": "U8", "shape": [5], "data_offsets": [0, 4]}}',
+    "a product beyond 64 bits": KNOWN
+    + b'"x": {"dtype": "U8", "shape": [4294967296, 4294967296, 4], "data_offsets": [0, 4]}}',
+    "too late": b'{"__metadata__": {"run": "{\\"seq\\": 1000000000000}"}, "x": %s}',
+    "before the first": b'{"__metadata__": {"run": "{\\"seq\\": -1}"}, "x": %s}',
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie_are_refused(lie: str) -> None:
+    """Nesting, names twice, overlaps, holes, other types and shapes, and numbers that name no folder."""
+    text = LIES[lie].replace(b"%s", b'{"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}')
+    with pytest.raises(RefusedError):
+        unpack_snapshot(struct.pack("<Q", len(text)) + text + b"\x01" * (8 if lie == "a hole between" else 4))

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -27,9 +28,10 @@ from sheily_train.colab.batches import (
     make_feedback,
 )
 from sheily_train.colab.protocol import Claim, Event, Kind, first_chain, next_chain
-from sheily_train.colab.snapshots import unpack_snapshot
+from sheily_train.colab.snapshots import Snapshot, pack_snapshot, unpack_snapshot
 from sheily_train.colab.worker import WorkerApp, WorkerSettings, create_app
 from sheily_train.errors import RequestError
+from tests.colab.test_snapshots import LIES
 from tests.colab.tiny_learner import POISON, TinyLearner
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -612,6 +614,24 @@ def test_bad_events_of_a_run_change_nothing(tmp_path: Path) -> None:
     run_async(tmp_path, work)
 
 
+HOSTILE_FACTS = [
+    ("ledger", "last_seq", 4),
+    ("ledger", "last_seq", -3),
+    ("ledger", "owner", -1),
+    ("ledger", "owner", 2**63),
+    ("ledger", "run", "../../x"),
+    ("ledger", "answers", {"x": ["a", "b"]}),
+    ("ledger", "answers", []),
+    ("ledger", "more", 1),
+    ("statistics", "samples", 2**64 - 1),
+    ("statistics", "feedback", -1),
+    ("statistics", "batches", True),
+    ("statistics", "losses", [None]),
+    ("statistics", "losses", "x"),
+]
+"""What a state may say of its run that no run can be: part, name, value."""
+
+
 def test_a_bad_upload_changes_nothing(tmp_path: Path) -> None:
     """A damaged, foreign, fenced or meaningless upload is refused by its code."""
 
@@ -635,6 +655,14 @@ def test_a_bad_upload_changes_nothing(tmp_path: Path) -> None:
         foreign = state.replace(b'\\"device\\":\\"cpu\\"', b'\\"device\\":\\"gpu\\"')
         assert foreign != state
         check_error(await put(foreign), 409, "fingerprint")
+        for lie in LIES.values():
+            text = lie.replace(b"%s", b'{"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}')
+            check_error(await put(struct.pack("<Q", len(text)) + text + b"\1\1\1\1"), 400, "invalid")
+        for part, name, value in HOSTILE_FACTS:
+            facts = json.loads(json.dumps(unpack_snapshot(state).facts))
+            facts[part][name] = value
+            hostile = pack_snapshot(Snapshot(3, facts, unpack_snapshot(state).tensors))
+            check_error(await put(hostile), 400 if name == "run" else 422)
         assert await desk.state() == state
 
     run_async(tmp_path, work)
