@@ -10,12 +10,13 @@ The journal decides: once it has gone back, all else follows from it, whoever is
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import orjson
 
 from sheily_train.colab.batches import BINARY_FORM
-from sheily_train.colab.breaks import differences
+from sheily_train.colab.breaks import differences, whereto
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, REBASE_HEADER, RUN_HEADER, another_seed
 from sheily_train.colab.pulled import PulledState, PulledStates, another_history
@@ -110,8 +111,8 @@ class Attachment:
         return bool(journal.answered_seq) and journal.fingerprint not in (None, place["fingerprint"])
 
     def _check_history(self, seq: int, chain: str) -> None:
-        """Know that the worker's events are this journal's first ones."""
-        if seq > self._journal.last_seq:
+        """Know that the worker's events are this journal's first ones; :class:`DataError` for one it has lost."""
+        if seq > self._journal.last_seq and not self._journal.lost_its_tail:
             raise WorkerError(
                 _("El trabajador ya aplicó {theirs} eventos de «{run}» y este diario solo tiene {ours}.").format(
                     theirs=seq, run=self._journal.run, ours=self._journal.last_seq
@@ -145,10 +146,10 @@ class Attachment:
         journal = self._journal
         request = {"run": journal.run, "seed": journal.seed, "owner": journal.owner, "chain": journal.chain(0)}
         self.ghosts += 1
+        content = orjson.dumps(request | ({"rebase": aside} if aside else {}))
+        digest = hashlib.sha256(content).hexdigest()
         try:
-            answer = await self._wire.ask(
-                "POST", "/run", content=orjson.dumps(request | ({"rebase": aside} if aside else {}))
-            )
+            answer = await self._wire.ask("POST", "/run", content=content, headers={DIGEST_HEADER: digest})
         except RefusedError:
             self.ghosts -= 1
             raise
@@ -225,9 +226,9 @@ class Attachment:
         rebase = ""
         if state or not self._journal.pruned_seq:
             rebase = _(
-                "O repite la orden con --rebase (en Python, conectar(rebase=True)): vuelve al evento {seq} y sigue con "
-                "los números de esta máquina."
-            ).format(seq=state.seq if state else 0)
+                "O repite la orden con --rebase (en Python, conectar(rebase=True)): vuelve {whereto} y sigue con los "
+                "números de esta máquina."
+            ).format(whereto=whereto(state.seq if state else 0))
         return WorkerError(
             _("Este trabajador es de otra clase de máquina: {differences}.").format(
                 differences=differences(self._journal.fingerprint or {}, place["fingerprint"])

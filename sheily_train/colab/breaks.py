@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sheily_train.colab.protocol import next_chain, rebase_digest
+from sheily_train.i18n import _
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Breaks:
     def earlier(self) -> list[Breaks]:
         """The breaks as they were before each was made: the histories that were left."""
         return [Breaks(self.made[:count]) for count in range(len(self.made))]
+
+
+def whereto(seq: int) -> str:
+    """Where a run goes back to, for a person."""
+    return _("al evento {seq}").format(seq=seq) if seq else _("al principio")
 
 
 def differences(left: dict[str, str], taken: dict[str, str]) -> str:

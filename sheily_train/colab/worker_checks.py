@@ -261,7 +261,7 @@ def _protocol(client: httpx2.Client, address: Address) -> Check:
 
     name = _("Protocolo")
     spoken = _get(client, "/info", address.token).json().get("protocol")
-    if spoken is None and _get(client, "/run", address.token).status == 405:
+    if spoken is None and _get(client, "/run", address.token).status in (400, 405):  # it asks for a header, or a body
         spoken = PROTOCOL
     if spoken == PROTOCOL:
         return Check(name, State.OK, _("versión {version}: cada lote se aplica una sola vez").format(version=spoken))

@@ -217,6 +217,7 @@ def test_a_status_that_is_none(worker: FakeWorker, url: str) -> None:
         ({"protocol": 1}, 404, State.OK),
         ({"protocol": 2}, 404, State.BAD),
         ({}, 405, State.OK),
+        ({}, 400, State.OK),
         ({}, 404, State.WARNING),
     ],
 )

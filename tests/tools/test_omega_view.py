@@ -176,7 +176,7 @@ def test_diagnosis_metrics_resync_rebase_and_notes_are_told() -> None:
         "   Éxito del feedback: 75.0 %",
         "El trabajador recupera desde el diario los eventos 3 a 9",
         "El entrenamiento vuelve al evento 2 y se entrena de nuevo desde ahí: device cpu → cuda",
-        "El entrenamiento vuelve al evento 0 y se entrena de nuevo desde ahí",
+        "El entrenamiento vuelve al principio y se entrena de nuevo desde ahí",
         "Una [nota]",
     ]
     little = [{"event": name} for name in ("diagnosis", "metrics", "retry")]

@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from sheily_train.colab.breaks import differences
+from sheily_train.colab.breaks import differences, whereto
 from sheily_train.colab.tally import Tally
 from sheily_train.i18n import _
 from sheily_train.runlog import Record
@@ -180,7 +180,9 @@ def _resync(record: Record) -> list[str]:
 
 
 def _rebase(record: Record) -> list[str]:
-    place = _("El entrenamiento vuelve al evento {seq} y se entrena de nuevo desde ahí").format(**record)
+    place = _("El entrenamiento vuelve {whereto} y se entrena de nuevo desde ahí").format(
+        whereto=whereto(record["seq"])
+    )
     machines = differences(record["from"], record["to"])
     return [f"{place}: {machines}" if machines else place]
 
