@@ -71,10 +71,8 @@ def embedded_base() -> Path:
     return bases.get(bases.EMBEDDED)
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project root of the test's own, with two small branches: 12 rows to learn and 4 held out in each."""
-    root = tmp_path / "home"
+def make_home(root: Path) -> Path:
+    """A project root with two small branches: 12 rows to learn and 4 held out in each."""
     for branch, rows, keys in (
         ("physics", PHYSICS, ("instruction", "output")),
         ("music", MUSIC, ("prompt", "completion")),
@@ -85,6 +83,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             lines = [json.dumps(dict(zip(keys, row, strict=True)), ensure_ascii=False) for row in part]
             name = "train.jsonl" if folder == "training" else "test.jsonl"
             (data / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root of the test's own: that of :func:`make_home`."""
+    root = make_home(tmp_path / "home")
     monkeypatch.setenv("SHEILY_HOME", str(root))
     return root
 

@@ -18,11 +18,14 @@ import pytest
 
 from sheily_train import paths, runlog
 from sheily_train.core.training import checkpoint
+from tests.conftest import make_home
 
 COMMAND = (sys.executable, "-m", "sheily_train", "train", "--branch", "physics", "--lora")
+EPOCHS, STEPS = 50, 150
+"""Enough for ten kills, each of which lets a few steps pass."""
 SETTINGS = (
     "--epochs",
-    "150",
+    str(EPOCHS),
     "--batch-size",
     "4",
     "--lora-dropout",
@@ -77,7 +80,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def outcome(home: Path) -> tuple[bytes, list[str], dict[str, object]]:
+Outcome = tuple[bytes, list[str], dict[str, object]]
+
+
+def outcome(home: Path) -> Outcome:
     """What must be equal bit for bit: weights, step log, metrics (but for what the clock said)."""
     folder = home / "var" / "central_models" / "physics"
     metrics = json.loads((folder / paths.TRAINING_METRICS).read_text())
@@ -86,53 +92,47 @@ def outcome(home: Path) -> tuple[bytes, list[str], dict[str, object]]:
     return (folder / paths.ADAPTER_WEIGHTS).read_bytes(), runlog.deterministic_lines(Path(config["log"])), metrics
 
 
-@pytest.fixture
-def homes(home: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Two project roots with the same branches."""
-    import shutil
-
-    other = tmp_path / "other"
-    shutil.copytree(home, other)
-    return home, other
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Outcome:
+    """What a run leaves that nobody disturbs."""
+    root = make_home(tmp_path_factory.mktemp("quiet"))
+    finish(start(root, tiny_llama))
+    return outcome(root)
 
 
-def test_ten_kills_change_no_bit(homes: tuple[Path, Path], tiny_llama: Path) -> None:
+def test_ten_kills_change_no_bit(home: Path, quiet: Outcome, tiny_llama: Path) -> None:
     """Ten kill -9, half of them while a checkpoint is being written, leave the weights and log of a quiet run."""
-    quiet, disturbed = homes
-    finish(start(quiet, tiny_llama))
-
     chance = random.Random(20)
     killed = in_checkpoint = 0
     while killed < 10:
-        process = start(disturbed, tiny_llama)
+        process = start(home, tiny_llama)
         if killed % 2:
-            left = being_written(disturbed)
-            wait_until(process, lambda left=left: being_written(disturbed) not in ([], left))  # type: ignore[misc]
+            left = being_written(home)
+            wait_until(process, lambda left=left: being_written(home) not in ([], left))  # type: ignore[misc]
             in_checkpoint += process.poll() is None
         else:
-            before = steps_logged(disturbed)
-            wait_until(process, lambda before=before: steps_logged(disturbed) != before)  # type: ignore[misc]
-            time.sleep(chance.uniform(0, 0.4))
+            before = steps_logged(home)
+            wait_until(process, lambda before=before: steps_logged(home) != before)  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 0.1))
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.communicate()
         killed += 1
     assert in_checkpoint == 5
-    finish(start(disturbed, tiny_llama))
+    finish(start(home, tiny_llama))
 
-    weights, lines, metrics = outcome(disturbed)
-    expected_weights, expected_lines, expected_metrics = outcome(quiet)
+    weights, lines, metrics = outcome(home)
+    expected_weights, expected_lines, expected_metrics = quiet
     assert weights == expected_weights
     assert lines == expected_lines
     assert metrics == expected_metrics
-    assert len([line for line in lines if '"step"' in line and "lr" in line]) == 450
-    assert not list(work(disturbed).glob("*/run.json"))
+    assert len([line for line in lines if '"step"' in line and "lr" in line]) == STEPS
+    assert not list(work(home).glob("*/run.json"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(homes: tuple[Path, Path], tiny_llama: Path, number: int) -> None:
+def test_a_signal_saves_and_says_how_to_go_on(home: Path, quiet: Outcome, tiny_llama: Path, number: int) -> None:
     """Ctrl-C and SIGTERM end with one line that tells the step, and the same command goes on from that step."""
-    home, _other = homes
     process = start(home, tiny_llama)
     wait_until(process, lambda: steps_logged(home) > 3)
     process.send_signal(number)
@@ -145,28 +145,28 @@ def test_a_signal_saves_and_says_how_to_go_on(homes: tuple[Path, Path], tiny_lla
     step = int(error.split("paso ")[1].split()[0])
 
     again = finish(start(home, tiny_llama))
-    assert f"Sigue desde el paso {step} de 450" in again
+    assert f"Sigue desde el paso {step} de {STEPS}" in again
+    assert outcome(home) == quiet
 
 
-def test_a_second_run_is_told_who_holds_the_branch(homes: tuple[Path, Path], tiny_llama: Path) -> None:
+def test_a_second_run_is_told_who_holds_the_branch(home: Path, quiet: Outcome, tiny_llama: Path) -> None:
     """While one process trains a branch, another gets its number, machine and start, and touches nothing."""
-    home, _other = homes
     first = start(home, tiny_llama)
     wait_until(first, lambda: steps_logged(home) > 3)
+    first.send_signal(signal.SIGSTOP)  # it would end before the other has begun
     second = start(home, tiny_llama)
     _out, error = second.communicate(timeout=60)
     assert second.returncode == 6
     assert f"proceso {first.pid} en " in error
     assert "Traceback" not in error
+    first.send_signal(signal.SIGCONT)
     finish(first)
+    assert outcome(home) == quiet
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(homes: tuple[Path, Path], tiny_llama: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(home: Path, quiet: Outcome, tiny_llama: Path) -> None:
     """When a file cannot be written to its end, one line says so, and with room again the run ends as a quiet one."""
-    home, quiet = homes
-    finish(start(quiet, tiny_llama, "--epochs", "20"))
-
-    first = start(home, tiny_llama, "--epochs", "20")
+    first = start(home, tiny_llama)
     wait_until(first, lambda: len(list(work(home).glob("*/checkpoints/step-*"))) > 0)
     first.kill()
     first.communicate()
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(homes: tuple[Path, P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its data file would not fit either
-        process = start(home, tiny_llama, "--epochs", "20", preexec_fn=small_disk)
+        process = start(home, tiny_llama, preexec_fn=small_disk)
     _out, error = process.communicate(timeout=60)
     assert process.returncode == 5, error
     assert "El disco está lleno" in error
@@ -188,5 +188,5 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(homes: tuple[Path, P
     assert sorted(work(home).glob("*/checkpoints/step-*")) == saved
     assert not being_written(home)
 
-    finish(start(home, tiny_llama, "--epochs", "20"))
-    assert outcome(home) == outcome(quiet)
+    finish(start(home, tiny_llama))
+    assert outcome(home) == quiet
