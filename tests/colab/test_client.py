@@ -764,10 +764,12 @@ def test_a_clients_own_late_attachment_does_not_stop_it(tmp_path: Path, served: 
 
     async def work(client: ClienteColabAsincrono) -> None:
         await client.conectar()
-        await asyncio.sleep(0.5)
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{served.port}") as http:
+            while (await http.get("/run", headers={"Sheily-Run": "principal"})).json()["owner"] < 2:
+                await asyncio.sleep(0.05)
         await lesson(client)
 
-    with FaultProxy(served.port, plan, pause=0.6) as proxy:
+    with FaultProxy(served.port, plan, pause=2.0) as proxy:
         run(desk(tmp_path, proxy.url, settings={"timeout": 0.4}), work)
         assert [(method, path) for method, path, _fault in proxy.seen].count(("POST", "/run")) == 3
     check_applied_once(tmp_path, f"http://127.0.0.1:{served.port}")
