@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -93,7 +94,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 def refuse(*flags: str, **environment: str) -> tuple[int, str]:
     """A worker that does not start: its exit code and its one line."""
     done = subprocess.run(
-        [*SHEILY_WORKER, *flags], capture_output=True, text=True, timeout=60, env=os.environ | environment
+        [*SHEILY_WORKER, *flags], capture_output=True, text=True, timeout=240, env=os.environ | environment
     )
     assert done.stdout == ""
     return done.returncode, done.stderr
@@ -139,43 +140,67 @@ def test_a_killed_worker_leaves_no_lock(start: Callable[..., Process]) -> None:
     assert start().address().partition("#")[2] == address.partition("#")[2]
 
 
-def test_a_second_worker_on_the_folder_is_refused(start: Callable[..., Process], tmp_path: Path) -> None:
-    """One line, exit code 6, and the first goes on."""
+def test_a_second_worker_is_refused(start: Callable[..., Process], tmp_path: Path) -> None:
+    """On the first one's folder or port: one line, exit code 6, and a way out of the port; the first goes on."""
     first = start()
     address = first.address()
-    code, said = refuse("--port", "0", "--state-dir", str(tmp_path / "state"))
-    assert code == 6
-    assert said.count("\n") == 1
+    port = address.partition("#")[0].rpartition(":")[2]
+    for flags, words in (
+        (("--port", "0", "--state-dir", str(tmp_path / "state")), str(tmp_path / "state")),
+        (("--port", port, "--state-dir", str(tmp_path / "other")), port),
+    ):
+        code, said = refuse(*flags)
+        assert code == 6
+        assert said.count("\n") == 1
+        assert words in said
+    assert "--port" in said
     assert call(address, "/status")["status"] == "online"
 
 
-def test_a_busy_port_is_one_line(start: Callable[..., Process], tmp_path: Path) -> None:
-    """It names the port and the way out."""
-    port = start().address().partition("#")[0].rpartition(":")[2]
-    code, said = refuse("--port", port, "--state-dir", str(tmp_path / "other"))
-    assert code == 6
-    assert port in said
-    assert "--port" in said
-    assert said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--token", "short"),
-        ("--no-auth", "--host", "0.0.0.0"),
-        ("--no-auth", "--tunnel", "cloudflared"),
-        ("--no-auth", "--token", "x" * 30),
-        ("--port", "70000"),
-        ("--tunnel", "carrier-pigeon"),
-        ("--device", "abacus"),
-        ("--seed", "-1"),
-    ],
+UNUSABLE = (
+    ("--token", "short"),
+    ("--no-auth", "--host", "0.0.0.0"),
+    ("--no-auth", "--tunnel", "cloudflared"),
+    ("--no-auth", "--token", "x" * 30),
+    ("--port", "70000"),
+    ("--tunnel", "carrier-pigeon"),
+    ("--device", "abacus"),
+    ("--seed", "-1"),
 )
-def test_flags_that_cannot_be_used(tmp_path: Path, flags: tuple[str, ...]) -> None:
+GIVE_EACH = """
+import contextlib, io, json, sys
+from sheily_train.cli import run
+from sheily_train.cli.worker import worker
+
+def give(words):
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            run(worker, words, prog="sheily worker")
+        except SystemExit as end:
+            return end.code, out.getvalue(), error.getvalue()
+
+print(json.dumps([give(words) for words in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], tuple[int, str, str]]:
+    """How each of these flags ends a start, all given in one process: exit code, stdout, stderr."""
+    folder = str(tmp_path_factory.mktemp("refused") / "state")
+    given = json.dumps([("--state-dir", folder, *flags) for flags in UNUSABLE])
+    command = [sys.executable, "-c", GIVE_EACH, given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    return dict(zip(UNUSABLE, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("flags", UNUSABLE)
+def test_flags_that_cannot_be_used(
+    flags: tuple[str, ...], refusals: dict[tuple[str, ...], tuple[int, str, str]]
+) -> None:
     """Exit code 2 and a reason; the token is not repeated."""
-    code, said = refuse("--state-dir", str(tmp_path / "state"), *flags)
-    assert code == 2
+    code, out, said = refusals[flags]
+    assert (code, out) == (2, "")
     assert "Error:" in said
     assert "Traceback" not in said
     assert "short" not in said
