@@ -70,6 +70,10 @@ class Journal:
         clock: gives an event's time. No two events of a run get the same one, so that an answer, which repeats it,
             can be told from every other.
 
+    Attributes:
+        lost_its_tail: whether what was written last was not whole: torn by a power cut, and then nobody had been told
+            of it, or damaged.
+
     Raises:
         BusyError: another process has the journal.
         DataError: it is damaged, or it is another run's.
@@ -294,7 +298,9 @@ class Journal:
         path = self.folder / JOURNAL_FILE
         with self._explained():
             log = path.with_name(f"{path.name}-wal")
-            if (hidden := hidden_commits(log, _PAGE_BYTES)) > 1:
+            hidden = hidden_commits(log, _PAGE_BYTES)
+            self.lost_its_tail = hidden == 1
+            if hidden > 1:
                 text = _("en {log} hay un dato dañado, y lo que se anotó después, {count} veces, no se puede leer")
                 raise self._damaged(0, text.format(log=log.name, count=hidden))
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,8 +155,8 @@ class Drill:
                 self._finish()
         except (Failure, SheilyError) as error:
             self.report.reason = str(error)
-        except Exception as error:
-            self.report.reason = _("defecto de la campaña: {error}").format(error=repr(error))
+        except Exception:
+            self.report.reason = _("defecto de la campaña: {error}").format(error=traceback.format_exc())
         finally:
             for actor in self._actors:
                 actor.kill()

@@ -110,9 +110,9 @@ def draw(seed: int, *, full_size: bool = False) -> Scenario:
     ends = [*sorted(chance.sample(range(2, workload.events), count - 1)), workload.events]
     stages = tuple(_stage(chance, strike, upto) for strike, upto in zip(strikes, ends, strict=True))
     points = {stage.point.partition(" ")[2] for stage in stages}
-    if points & {"tensors", "manifest"}:
+    if points & {"tensors", "manifest", "rename"}:
         worker["snapshot_seconds"] = 0.0
-    if points & {"keep", "prune"}:
+    if points & {"keep", "prune", "rename"}:
         client |= {"pull_after": 2, "keep_bytes": 0}
     return Scenario(seed, workload, client, worker, stages)
 

@@ -146,7 +146,7 @@ def _stale_folder(drill: Drill, stage: Stage) -> None:
     _go(drill, stage)
     drill.recover(stage.upto)
     drill.lose_worker()
-    shutil.rmtree(drill.worker_folder)
+    shutil.rmtree(drill.worker_folder, ignore_errors=True)
     old.rename(drill.worker_folder)
 
 
@@ -199,8 +199,10 @@ def _bit_in_journal(drill: Drill, stage: Stage) -> str:
     drill.lose_client()
     copy, told = _copy(drill.desk, drill.folder / "backup"), len(drill.told)
     chance = Random(stage.draw)  # noqa: S311
-    files = [path for path in (drill.desk / JOURNAL_FILE, drill.desk / f"{JOURNAL_FILE}-wal") if path.stat().st_size]
-    _flip(chance.choice(files), chance)
+    files = [path for path in drill.desk.glob(f"{JOURNAL_FILE}*") if path.stat().st_size and path.name != _SHARED]
+    if not files:
+        return "kill client"
+    _flip(chance.choice(sorted(files)), chance)
     reader = drill.another_client(drill.desk, credit=0)
     outcome, text = _outcome(drill, reader)
     reader.kill()
@@ -296,8 +298,8 @@ def _second_process(drill: Drill, stage: Stage) -> None:
 
 def _empty_journal(drill: Drill, stage: Stage) -> None:
     """Another desk, which has nothing of the run, asks for it: it is refused, and the first one notices nothing."""
-    _both(drill)
-    drill.recover(drill.credit)
+    drill.lose_client()
+    drill.recover(drill.credit)  # it attached anew: the worker has whatever the journal has
     quiet, fenced = drill.calm(), drill.report.repeats["fenced"]
     outcome, text = _outcome(drill, stranger := drill.another_client(drill.folder / f"stranger-{stage.upto}"))
     stranger.kill()
@@ -352,6 +354,9 @@ def _share(stage: Stage) -> float:
 def _copy(folder: Path, copy: Path) -> Path:
     """A copy of a folder as a backup would have it: without locks, and what SQLite shares between processes."""
     shutil.rmtree(copy, ignore_errors=True)
+    if not folder.exists():
+        copy.mkdir()
+        return copy
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(LOCK_FILE, ".lock", _SHARED, "*.tmp", ".unfinished"))
     return copy
 
