@@ -283,7 +283,10 @@ class OmegaWorker:
 
     async def attach(self, request: Request) -> Response:
         """Take a run over, as its new owner; a name that is new begins a run."""
-        asked = read_run_request(body_form(request), await whole_body(request))
+        body, digest = await whole_body(request), request.headers.get(DIGEST_HEADER)
+        if digest is not None and sha256_of(body) != digest:
+            raise damaged_body()
+        asked = read_run_request(body_form(request), body)
         content = await self._ask(partial(self._attach_now, asked))
         turns = self._turns.setdefault(asked.run, RunTurns(0, 0))
         turns.restart(content["last_seq"], content["owner"])
