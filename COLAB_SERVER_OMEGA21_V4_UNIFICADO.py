@@ -141,7 +141,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cache, partial
+from functools import partial
 from http.client import HTTPException as BrokenDownload
 from pathlib import Path
 from types import FrameType
@@ -3784,7 +3784,10 @@ class OmegaWorker:
 
     async def attach(self, request: Request) -> Response:
         """Take a run over, as its new owner; a name that is new begins a run."""
-        asked = read_run_request(body_form(request), await whole_body(request))
+        body, digest = await whole_body(request), request.headers.get(DIGEST_HEADER)
+        if digest is not None and sha256_of(body) != digest:
+            raise damaged_body()
+        asked = read_run_request(body_form(request), body)
         content = await self._ask(partial(self._attach_now, asked))
         turns = self._turns.setdefault(asked.run, RunTurns(0, 0))
         turns.restart(content["last_seq"], content["owner"])
@@ -4056,7 +4059,7 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
             openapi_extra=description,
         )
     api.add_api_route("/docs", _docs_page, methods=["GET", "HEAD"], include_in_schema=False)
-    api.openapi = cache(partial(describe_api, api))  # type: ignore[method-assign]  # nobody may ask for it
+    api.openapi_schema = describe_api(api)
     return api
 
 
