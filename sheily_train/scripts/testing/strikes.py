@@ -299,6 +299,7 @@ def _second_process(drill: Drill, stage: Stage) -> None:
 def _empty_journal(drill: Drill, stage: Stage) -> None:
     """Another desk, which has nothing of the run, asks for it: it is refused, and the first one notices nothing."""
     drill.lose_client()
+    drill.allow(1)
     drill.recover(drill.credit)  # it attached anew: the worker has whatever the journal has
     quiet, fenced = drill.calm(), drill.report.repeats["fenced"]
     outcome, text = _outcome(drill, stranger := drill.another_client(drill.folder / f"stranger-{stage.upto}"))
