@@ -141,7 +141,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException as BrokenDownload
 from pathlib import Path
 from types import FrameType
@@ -4059,7 +4059,7 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
             openapi_extra=description,
         )
     api.add_api_route("/docs", _docs_page, methods=["GET", "HEAD"], include_in_schema=False)
-    api.openapi_schema = describe_api(api)
+    api.openapi = cache(partial(describe_api, api))  # type: ignore[method-assign]  # nobody may ask for it
     return api
 
 

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -558,7 +558,7 @@ def _build_api(worker: OmegaWorker) -> FastAPI:
             openapi_extra=description,
         )
     api.add_api_route("/docs", _docs_page, methods=["GET", "HEAD"], include_in_schema=False)
-    api.openapi_schema = describe_api(api)
+    api.openapi = cache(partial(describe_api, api))  # type: ignore[method-assign]  # nobody may ask for it
     return api
 
 

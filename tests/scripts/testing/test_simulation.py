@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sheily_train.scripts.testing import mutants, simulated_world
+from sheily_train.scripts.testing.simulated_network import FAULTS
+from sheily_train.scripts.testing.simulation import command, simulate, simulate_all
+
+TROUBLES = 18
+
+
+def test_five_hundred_histories_keep_the_promise(tmp_path: Path) -> None:
+    """Whatever went wrong, in each of 500 histories every event was applied once, in order, to the right weights."""
+    file = tmp_path / "result.json"
+    result = CliRunner().invoke(command, ["--runs", "500", "--jobs", "2", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    told = json.loads(file.read_text())
+    assert (told["runs"], told["failed"]) == (500, [])
+    assert set(FAULTS) < set(told["troubles"]), "a fault of the network never happened"
+    assert len(told["troubles"]) == len(FAULTS) + TROUBLES, "a trouble of the machines never happened"
+    assert sum(told["troubles"].values()) > 2500
+
+
+def test_a_seed_gives_the_same_history_again() -> None:
+    """Every request, its time and its answer follow from the seed, here and in another process."""
+    seeds = range(40, 46)
+    here = [simulate(seed) for seed in seeds]
+    again = [simulate(seed) for seed in reversed(seeds)][::-1]
+    elsewhere = list(simulate_all(seeds, jobs=2))
+    assert here == again == elsewhere
+    assert len({report.history for report in here}) == len(seeds)
+
+
+def test_a_broken_promise_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another outcome was expected, the seed and the reason are printed and the command ends with 1."""
+    monkeypatch.setattr(simulated_world, "_essence", lambda _answer: {})
+    result = CliRunner().invoke(command, ["--runs", "9", "--seed", "3", "--until-failure"])
+    assert result.exit_code == 1
+    assert "semilla 3: Broken: desk: other answers" in result.output
+    assert "semilla 4" not in result.output
+    assert "1 historias" not in result.output.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in mutants.MUTANTS if mutant.judge == "simulation"], ids=lambda mutant: mutant.name
+)
+def test_a_missing_safeguard_is_noticed(mutant: mutants.Mutant) -> None:
+    """The simulation fails on a copy of the package in which the safeguard is taken out."""
+    well, text = mutants.verdict(mutant, {"simulation": 600}, jobs=2)
+    assert well, text
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_differs_from_the_package_in_its_safeguard(mutant: mutants.Mutant, tmp_path: Path) -> None:
+    """Every mutant can be made of today's code, and is code that compiles."""
+    package = mutants.copy_of_the_package(tmp_path)
+    mutants.mutate(package, mutant)
+    text = (package / mutant.file).read_text()
+    assert text != (mutants.PACKAGE / mutant.file).read_text()
+    compile(text, mutant.file, "exec")
+
+
+def test_what_is_not_there_cannot_be_taken_out(tmp_path: Path) -> None:
+    """A safeguard that moved is told, so that no mutant is the unchanged code."""
+    package = mutants.copy_of_the_package(tmp_path)
+    with pytest.raises(ValueError, match="chain: 0 times in durable"):
+        mutants.mutate(package, mutants.Mutant("chain", "durable.py", "not there", ""))
