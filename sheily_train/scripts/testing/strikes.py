@@ -263,13 +263,17 @@ def _without_room(drill: Drill, actor: Actor, stage: Stage, size: int) -> None:
 # Other desks and processes
 
 
-def _second_desk(drill: Drill, stage: Stage) -> None:
-    """Another desk goes on with a copy of the journal; the first one is then refused."""
-    _worker, first = _both(drill)
+def _second_desk(drill: Drill, stage: Stage) -> str | None:
+    """Another desk goes on with a copy of the journal; the first one is then refused.
+
+    Unless it once gave up a request for the run, and takes the other desk for that: with the same journal it may then
+    have the run back, and it is the other one that is refused.
+    """
+    drill.calm()
+    drill.lose_client()
+    drill.recover(drill.credit)
+    first, desk = drill.client, drill.desk
     if stage.draw % 2:
-        drill.recover(drill.credit)
-        first = drill.client
-    else:
         drill.allow(drill.credit + 1)
         drill.pause(stage.wait * _MOMENT)
     first.send(signal.SIGSTOP)
@@ -279,10 +283,17 @@ def _second_desk(drill: Drill, stage: Stage) -> None:
     drill.recover(stage.upto)
     first.tell("credit", drill.scenario.workload.events)
     first.send(signal.SIGCONT)
-    outcome, text = _outcome(drill, first)
+    told: list[int] = []
+    outcome, text = _outcome(drill, first, told)
     first.kill()
+    if outcome == "done":
+        drill.lose_client()
+        drill.told += [seq for seq in told if seq > max(drill.told)]
+        drill.start_client(desk)
+        return "second desk, run taken back"
     if outcome not in ("fenced", "WorkerError"):
         raise Failure(_("el primero de dos PC: {outcome} {text}").format(outcome=outcome, text=text))
+    return None
 
 
 def _second_process(drill: Drill, stage: Stage) -> None:
@@ -312,8 +323,8 @@ def _empty_journal(drill: Drill, stage: Stage) -> None:
         raise Failure(_("un PC con el diario vacío desplazó al primero"))
 
 
-def _outcome(drill: Drill, client: Actor) -> tuple[str, str]:
-    """How another client ended and what it said; or ``idle``."""
+def _outcome(drill: Drill, client: Actor, told: list[int] | None = None) -> tuple[str, str]:
+    """How another client ended and what it said; or ``idle``. Adds to ``told`` the events that it told of."""
     until = time.monotonic() + _ENDS_WITHIN
     while time.monotonic() < until and drill.worker.alive:
         drill.listen()
@@ -322,6 +333,8 @@ def _outcome(drill: Drill, client: Actor) -> tuple[str, str]:
                 return "idle", ""
             if word == "ended":
                 return values[1] or "done", values[2]
+            if word == "told" and told is not None:
+                told.append(values[0])
     return "?", _("nada en {seconds:g} s").format(seconds=_ENDS_WITHIN)
 
 
