@@ -135,7 +135,9 @@ class ForgetfulDisk:
 
     def committed(self, path: str, connection: sqlite3.Connection, commit: Callable[[], Any]) -> Any:
         """A transaction of a database is about to end."""
-        with self._sync_point(sqlite3.OperationalError("database or disk is full")):
+        failure = sqlite3.OperationalError("database or disk is full")
+        failure.sqlite_errorcode = sqlite3.SQLITE_FULL
+        with self._sync_point(failure):
             result = commit()
             content = self._databases.setdefault(path, _Content())
             content.latest = connection.serialize()

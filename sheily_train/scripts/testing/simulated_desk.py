@@ -40,12 +40,13 @@ class Desk:
     Attributes:
         done: every event has its answer, and all was right.
         gone: another desk has the run for good.
+        waiting: another desk took the run over, and is left to work.
         errors: what the command ended with, each time.
     """
 
     def __init__(self, world: World, name: str, disk: ForgetfulDisk) -> None:
         self.name, self.disk = name, disk
-        self.done = self.gone = False
+        self.done = self.gone = self.waiting = False
         self.errors: list[str] = []
         self._world = world
         self._rebase = False
@@ -110,9 +111,10 @@ class Desk:
             return
         self.gone = any(words in self.errors[-1] for words in _HISTORIES_DIFFER)
         if getattr(error, "code", "") == "fenced":
-            while not (rival.done or rival.gone):
+            self.waiting = True
+            while not (rival.done or rival.gone or rival.waiting):
                 await asyncio.sleep(1.0)
-            self.gone = rival.done
+            self.waiting, self.gone = False, rival.done
 
     def _stop(self) -> None:
         if self._sitting is not None:
