@@ -46,6 +46,10 @@ from sheily_train.scripts.testing.virtual_time import NothingLeft, VirtualLoop
 
 COMMAND = "python -m sheily_train.scripts.testing.simulation"
 
+_CHUNK = 4
+_CHUNKS_A_PROCESS = 200
+"""A process is replaced after so many: FastAPI remembers every app, and each worker is a new one."""
+
 
 @dataclass
 class Report:
@@ -115,9 +119,9 @@ def simulate_all(seeds: range, jobs: int) -> Iterator[Report]:
         yield from map(simulate, seeds)
         return
     fresh = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
-    with ProcessPoolExecutor(jobs, fresh) as pool:
+    with ProcessPoolExecutor(jobs, fresh, max_tasks_per_child=_CHUNKS_A_PROCESS) as pool:
         try:
-            yield from pool.map(simulate, seeds, chunksize=4)
+            yield from pool.map(simulate, seeds, chunksize=_CHUNK)
         finally:
             pool.shutdown(cancel_futures=True)
 
