@@ -1742,9 +1742,20 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it that are missing, so that what is synced in it can be found again.
+
+    A file's own sync does not keep the entry of a new folder above it: a power cut would take all of it away.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``, wholly or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -1856,9 +1867,7 @@ class Snapshots:
         Later ones belong to a history that was left (they did not verify, or an older state was put in their place).
         Raises :class:`OSError` when it cannot be written; the earlier snapshots are then intact.
         """
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            sync_folder(self.folder.parent)
+        make_folder(self.folder)
         final, temporary = self.folder / f"snapshot-{snapshot.seq:012d}", self.folder / UNFINISHED_SNAPSHOT
         self.remove_leftovers()
         try:
@@ -4480,7 +4489,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
     """Hold the state folder for this worker."""
     lock = FileLock(folder / LOCK_FILE, thread_local=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise BusyError(

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sheily_train import durable
+
 Record = dict[str, Any]
 Listener = Callable[[Record], None]
 
@@ -31,7 +33,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, *, keep: int = 0, listeners: tuple[Listener, ...] = ()) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(path.parent)
         self.path = path
         self._listeners = listeners
         self._file = path.open("ab")

@@ -88,7 +88,7 @@ class Journal:
         self._clock = clock
         self._mutex = threading.RLock()
         self._failed = False
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         self._lock = FileLock(folder / LOCK_FILE, thread_local=False)
         try:
             self._lock.acquire(timeout=0)

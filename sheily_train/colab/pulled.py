@@ -118,7 +118,7 @@ class PulledStates:
         begun = time.monotonic()
         async with self._one_at_a_time:
             part = self._folder / _PART
-            self._folder.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(self._folder)
             try:
                 seq, sha256 = await self._wire.retried(lambda: self._fetch(part))
                 kept = await in_thread(self._keep, PulledState(seq, sha256, part))

@@ -32,7 +32,7 @@ from sheily_train.colab.loopback import is_loopback
 from sheily_train.colab.security import check_token, new_token, refusal_messages
 from sheily_train.colab.tunnels import Tunnel, TunnelKind, open_tunnel
 from sheily_train.colab.worker import WorkerApp, WorkerSettings, create_app
-from sheily_train.durable import sync_folder
+from sheily_train.durable import make_folder, sync_folder
 from sheily_train.errors import BusyError, Interrupted, RefusedError, RequestError, SheilyError
 from sheily_train.i18n import _
 
@@ -421,7 +421,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
     """Hold the state folder for this worker."""
     lock = FileLock(folder / LOCK_FILE, thread_local=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise BusyError(

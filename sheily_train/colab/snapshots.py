@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_torch_tensors
 from safetensors.torch import save as pack_torch_tensors
 
-from sheily_train.durable import read_json, save_tensors, sha256_file, sync_folder, write_json
+from sheily_train.durable import make_folder, read_json, save_tensors, sha256_file, sync_folder, write_json
 from sheily_train.errors import RefusedError
 from sheily_train.i18n import _
 
@@ -74,9 +74,7 @@ class Snapshots:
         Later ones belong to a history that was left (they did not verify, or an older state was put in their place).
         Raises :class:`OSError` when it cannot be written; the earlier snapshots are then intact.
         """
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            sync_folder(self.folder.parent)
+        make_folder(self.folder)
         final, temporary = self.folder / f"snapshot-{snapshot.seq:012d}", self.folder / UNFINISHED_SNAPSHOT
         self.remove_leftovers()
         try:

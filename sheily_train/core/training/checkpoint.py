@@ -37,7 +37,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[
 
     Raises :class:`OSError` when the disk is full; the earlier checkpoints are then intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     final = folder / f"step-{step:08d}"
     temporary = folder / UNFINISHED
     shutil.rmtree(temporary, ignore_errors=True)

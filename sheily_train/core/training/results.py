@@ -56,7 +56,7 @@ class Metrics:
 def write(staging: Path, model: Any, job: Job, metrics: Metrics, fingerprint: dict[str, Any], log: Path) -> None:
     """Write everything into ``staging``, each file pushed to the disk, ``training_config.json`` last."""
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    durable.make_folder(staging)
     _write_model(staging, model)
     job.tokenizer.save_pretrained(staging)
     durable.write_json(staging / paths.TRAINING_METRICS, metrics.to_json())

@@ -66,7 +66,7 @@ class Run:
 def _new_log(branch: str) -> Path:
     """A log name that no other run has, claimed by creating the file."""
     folder = paths.logs_dir()
-    folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     stem = f"training_{branch}_{datetime.now():%Y%m%d-%H%M%S}"
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 100))):
         path = folder / f"{name}.jsonl"
@@ -80,7 +80,7 @@ def _new_log(branch: str) -> Path:
 def hold(output: Path, branch: str) -> Iterator[None]:
     """Hold ``output`` for this process; a dead process holds nothing. Raises :class:`BusyError` saying who has it."""
     work = paths.work_dir(output)
-    work.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(work)
     holder = work / "holder.json"
     try:
         lock = FileLock(work / "lock").acquire(timeout=0)

@@ -49,14 +49,14 @@ def publish(staging: Path, output: Path) -> None:
     Files of an earlier model of ours that the new one lacks are removed; whatever else lies in the folder stays. After
     a kill in between, the next call with the same ``staging`` ends the move.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(output)
     earlier, new = (_parse_config(folder) or {"files": {}} for folder in (output, staging))
     for name in earlier["files"].keys() - new["files"].keys():
         (output / name).unlink(missing_ok=True)
     (output / paths.TRAINING_CONFIG).unlink(missing_ok=True)
     moved = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for name in sorted(moved, key=lambda name: name.name == paths.TRAINING_CONFIG):
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder((output / name).parent)
         (staging / name).replace(output / name)
     durable.sync_folder(output)
     shutil.rmtree(staging)

@@ -81,6 +81,19 @@ def test_a_rename_needs_the_folders_sync(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "2", lambda root: rename(root, sync=True)) == {(("new", b"content"),)}
 
 
+def test_a_file_in_new_folders_stays(tmp_path: Path) -> None:
+    """What durable writes into folders that it makes outlives a power cut; in folders that nobody synced it may not."""
+    assert outcomes(tmp_path / "1", lambda root: durable.write_bytes(root / "a" / "b" / "c", b"content")) == {
+        (("c", b"content"),)
+    }
+
+    def unsynced(root: Path) -> None:
+        (root / "a" / "b").mkdir(parents=True)
+        durable.write_bytes(root / "a" / "b" / "c", b"content")
+
+    assert outcomes(tmp_path / "2", unsynced) == {(("c", b"content"),), ()}
+
+
 @pytest.mark.parametrize(("level", "kept"), [("FULL", {2}), ("OFF", {0, 2})])
 def test_a_commit_is_durable_when_sqlite_syncs_it(tmp_path: Path, level: str, kept: set[int]) -> None:
     """Commits under FULL outlive a power cut, those under OFF may be lost; what was not committed is always lost."""
