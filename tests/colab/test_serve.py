@@ -374,9 +374,9 @@ def test_a_tunnel_that_dies_is_opened_again(
 ) -> None:
     """The person reads that it died, and then the new address with the same token; the worker goes on meanwhile."""
     monkeypatch.setattr(serving, "_REOPEN_SECONDS", 0.1)
-    monkeypatch.setenv("FAKE_MODE", "die")
     said: list[str] = []
     worker = begin(tunnel="cloudflared", notify=said.append)
+    started(cloudflared)[0].kill()
     wait_for(lambda: len(said) == 3)
     assert "túnel se cerró" in said[1]
     token = worker.address.partition("#")[2]

@@ -34,9 +34,6 @@ say("|  Your quick Tunnel has been created! Visit it at (it may take some time t
 starts = len(note.read_text().splitlines())
 say(f"|  https://four-dashed-words-{starts}.trycloudflare.com                                         |")
 say("+" + "-" * 92 + "+")
-if mode == "die" and starts == 1:
-    time.sleep(0.5)
-    sys.exit(1)
 if mode == "chatty":
     for _ in range(1000):
         say("x" * 1000)
@@ -95,7 +92,7 @@ def started(note: Path) -> list[psutil.Process]:
     return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def wait_for(true: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(true: Callable[[], bool], seconds: float = 60.0) -> None:
     """Return once something holds; fail when it never does."""
     end = time.monotonic() + seconds
     while not true():
