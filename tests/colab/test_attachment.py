@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -456,7 +456,6 @@ KILLED = """if True:
     from sheily_train.colab.snapshots import Snapshots
     from tests.colab.test_attachment import Turned
     from tests.colab.test_client import desk, new_worker
-    root, point = Path(sys.argv[1]), sys.argv[2]
     def around(owner, method):
         inner = getattr(owner, method)
         def outer(self, *args, **kwargs):
@@ -468,6 +467,7 @@ KILLED = """if True:
     def reach(name):
         if name == point:
             os.kill(os.getpid(), signal.SIGKILL)
+    point = ""
     around(journal.Journal, "rebase")
     around(journal.Journal, "_digests")
     around(pulled.PulledStates, "go_back")
@@ -477,7 +477,7 @@ KILLED = """if True:
     around(Runs, "attach")
     around(Runs, "replace")
     around(Snapshots, "save")
-    async def work():
+    async def work(root):
         app = new_worker(root / "old", Turned, snapshot_seconds=0.0)
         record = []
         client = desk(root, app, record)
@@ -485,8 +485,30 @@ KILLED = """if True:
         async with client:
             await client.conectar(rebase=True)
         app.close()
-    asyncio.run(work())
+    for line in sys.stdin:
+        root, point = line.split()
+        child = os.fork()
+        if not child:
+            asyncio.run(work(Path(root)))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Callable[[Path, str], int]]:
+    """Both ends in a process of their own, which dies at a point; its exit code. What each loads is loaded once."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=pipe, stdout=pipe, text=True) as process:
+
+        def kill(root: Path, point: str) -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(root, point, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield kill
+        process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -496,12 +518,12 @@ KILLED = """if True:
         *("after_replace", "after_save", "step"),
     ],
 )
-def test_a_kill_between_the_steps_leaves_a_rebase_that_goes_on(tmp_path: Path, point: str) -> None:
+def test_a_kill_between_the_steps_leaves_a_rebase_that_goes_on(
+    killed: Callable[[Path, str], int], tmp_path: Path, point: str
+) -> None:
     """Both ends are killed at once, at each step; the same command again ends where it would have without."""
     trained(tmp_path, pulled_after=4)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), point]
-    done = subprocess.run(command, timeout=60, check=False)
-    assert done.returncode == -9
+    assert killed(tmp_path, point) == -9
     with Journal(tmp_path / "desk", "principal") as journal:
         assert (len(journal.breaks.made), journal.last_seq) in ((0, 8), (1, 8))
         assert journal.answered_seq in ((8,) if not journal.breaks.made else range(4, 9))
