@@ -37,11 +37,30 @@ SETTINGS = (
 )
 
 
+FORKS = """if True:
+    import os, sys
+    import peft, transformers
+    from sheily_train.cli import run, sheily
+    from sheily_train.core.training import fleet
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            run(sheily, sys.argv[1:])
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs the command anew for each line that it is sent, in a process forked from one that has loaded what it needs."""
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"SHEILY_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+
 def start(home: Path, model: Path, *more: str, **options: object) -> subprocess.Popen[str]:
-    environment = os.environ | {"SHEILY_HOME": str(home), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*COMMAND, "--model", str(model), *SETTINGS, *more],
-        env=environment,
+        env=environment(home),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,22 +122,23 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Outcome
 def test_ten_kills_change_no_bit(home: Path, quiet: Outcome, tiny_llama: Path) -> None:
     """Ten kill -9, half of them while a checkpoint is being written, leave the weights and log of a quiet run."""
     chance = random.Random(20)
-    killed = in_checkpoint = 0
-    while killed < 10:
-        process = start(home, tiny_llama)
-        if killed % 2:
-            left = being_written(home)
-            wait_until(process, lambda left=left: being_written(home) not in ([], left))  # type: ignore[misc]
-            in_checkpoint += process.poll() is None
-        else:
-            before = steps_logged(home)
-            wait_until(process, lambda before=before: steps_logged(home) != before)  # type: ignore[misc]
-            time.sleep(chance.uniform(0, 0.1))
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.kill()
-        process.communicate()
-        killed += 1
-    assert in_checkpoint == 5
+    command = [sys.executable, "-c", FORKS, *COMMAND[3:], "--model", str(tiny_llama), *SETTINGS]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(home), stdin=pipe, stdout=pipe, text=True) as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        for number in range(10):
+            left, before = being_written(home), steps_logged(home)
+            print(file=forks.stdin, flush=True)
+            pid = int(forks.stdout.readline())
+            if number % 2:
+                wait_until(forks, lambda left=left: being_written(home) not in ([], left))  # type: ignore[misc]
+            else:
+                wait_until(forks, lambda before=before: steps_logged(home) != before)  # type: ignore[misc]
+                time.sleep(chance.uniform(0, 0.1))
+            os.kill(pid, signal.SIGKILL)
+            assert int(forks.stdout.readline()) == -signal.SIGKILL, "the run ended before it could be killed"
+        forks.communicate()
     finish(start(home, tiny_llama))
 
     weights, lines, metrics = outcome(home)
