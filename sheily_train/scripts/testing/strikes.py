@@ -206,10 +206,10 @@ def _bit_in_journal(drill: Drill, stage: Stage) -> str:
     reader = drill.another_client(drill.desk, credit=0)
     outcome, text = _outcome(drill, reader)
     reader.kill()
-    if outcome == "idle" and _holds(_copy(drill.desk, drill.folder / "looked at"), max(drill.told, default=0)):
+    if outcome in ("idle", "done") and _holds(_copy(drill.desk, drill.folder / "looked at"), max(drill.told, default=0)):
         shutil.rmtree(copy)
         return "bit in journal, of no effect"
-    if outcome not in ("idle", "DataError", "UnreachableError"):
+    if outcome not in ("idle", "done", "DataError", "UnreachableError"):
         raise Failure(_("un bit cambiado en el diario: {outcome} {text}").format(outcome=outcome, text=text))
     del drill.told[told:]
     shutil.rmtree(drill.desk)
