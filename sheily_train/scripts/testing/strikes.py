@@ -206,10 +206,11 @@ def _bit_in_journal(drill: Drill, stage: Stage) -> str:
     reader = drill.another_client(drill.desk, credit=0)
     outcome, text = _outcome(drill, reader)
     reader.kill()
-    if outcome in ("idle", "done") and _holds(_copy(drill.desk, drill.folder / "looked at"), max(drill.told, default=0)):
+    went_on = outcome in ("idle", "done")
+    if went_on and _holds(_copy(drill.desk, drill.folder / "looked at"), max(drill.told, default=0)):
         shutil.rmtree(copy)
         return "bit in journal, of no effect"
-    if outcome not in ("idle", "done", "DataError", "UnreachableError"):
+    if not went_on and outcome not in ("DataError", "UnreachableError"):
         raise Failure(_("un bit cambiado en el diario: {outcome} {text}").format(outcome=outcome, text=text))
     del drill.told[told:]
     shutil.rmtree(drill.desk)
