@@ -209,6 +209,7 @@ class Runs:
         self._attached: dict[str, tuple[int, int]] = {ANONYMOUS_RUN: (seed, 0)}
         self._captures = 0
         self._written: dict[str, int] = {}
+        self._unwritten: dict[str, int] = {}
         self._disk = threading.Lock()
 
     def look(self, name: str) -> Standing | None:
@@ -327,6 +328,7 @@ class Runs:
         snapshot = run.snapshot()
         run.captured, run.captured_seq = self._clock(), run.ledger.last_seq
         self._captures += 1
+        self._unwritten[run.ledger.run] = self._captures
         return Capture(run.ledger.run, self._captures, snapshot)
 
     def save(self, capture: Capture) -> None:
@@ -335,6 +337,8 @@ class Runs:
             if capture.number > self._written.get(capture.run, 0):
                 Snapshots(self.folder / capture.run).save(capture.snapshot)
                 self._written[capture.run] = capture.number
+                if self._unwritten.get(capture.run) == capture.number:
+                    del self._unwritten[capture.run]
 
     def close(self) -> None:
         """Save and drop every run. Raises the first :class:`OSError`, after all were tried."""
@@ -385,6 +389,7 @@ class Runs:
         folder, aside = self.folder / name, self.folder / f"{name}{ASIDE_SUFFIX}"
         with self._disk:
             self._written[name] = self._captures  # a copy of it that still waits for the writer is not written any more
+            self._unwritten.pop(name, None)
             if not Snapshots(folder).folders():  # nothing was learned: what was set aside before is worth more
                 shutil.rmtree(folder)
             else:
@@ -445,7 +450,8 @@ class Runs:
             _runs_log.exception("run %s could not be saved; its client replays from the last snapshot", name)
 
     def _save_changes(self, run: Run) -> None:
-        if run.ledger.last_seq != run.captured_seq:
+        """Save a run whose latest state is not on the disk: it changed since its copy was made, or that failed."""
+        if run.ledger.last_seq != run.captured_seq or run.ledger.run in self._unwritten:
             self.save(self.capture(run))
 
 

@@ -334,7 +334,9 @@ def test_a_copy_that_comes_after_its_run_was_set_aside_is_not_written(tmp_path: 
     late = runs.capture(runs.get("uno"))
     for name in ("dos", "tres"):
         runs.attach(name, 1, 0)
-    runs.attach("uno", 1, 0, chain="c" * 64, aside=first_chain("uno", 1))
+    standing = runs.look("uno")
+    assert standing is not None
+    runs.attach("uno", 1, 0, chain="c" * 64, aside=standing.chain)
     runs.save(late)
     assert not Snapshots(tmp_path / "uno").folders()
 
@@ -431,6 +433,28 @@ def test_close_saves_what_was_not(runs: Runs, tmp_path: Path) -> None:
     runs.close()
     assert len(Snapshots(tmp_path / "uno").folders()) == 1
     assert Snapshots(tmp_path / "dos").folders() == []
+
+
+def test_close_saves_what_failed_before(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that could not be written is written at the end, though no event came since; one that was is not again."""
+    runs.attach("uno", 1, 0)
+    feed(runs, "uno", 2)
+    with monkeypatch.context() as full:
+        full.setattr(Snapshots, "save", lambda _store, _snapshot: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            runs.save(runs.capture(runs.get("uno")))
+    runs.close()
+    snapshot, _damaged = Snapshots(tmp_path / "uno").newest()
+    assert snapshot is not None
+    assert snapshot.seq == 2
+
+    runs.attach("uno", 1, 1)
+    feed(runs, "uno", 3)
+    runs.save(runs.capture(runs.get("uno")))
+    written: list[object] = []
+    monkeypatch.setattr(Snapshots, "save", lambda _store, snapshot: written.append(snapshot))
+    runs.close()
+    assert written == []
 
 
 def test_close_tells_what_could_not_be_saved(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
