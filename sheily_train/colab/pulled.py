@@ -142,7 +142,7 @@ class PulledStates:
         return int(headers.get(SEQ_HEADER, "0")), sha256
 
     def _keep(self, state: PulledState) -> PulledState:
-        """Make a state of this journal's history durable, and drop all but it and the newest of another event."""
+        """Make a state of this journal's history durable, and drop the states and bodies that nothing needs."""
         chain = state.chain(self._journal.run)
         if chain is None:
             raise WorkerError(
@@ -155,14 +155,22 @@ class PulledStates:
         final = self._folder / f"{state.seq:012d}-{state.sha256}.safetensors"
         state.path.replace(final)
         durable.sync_folder(self._folder)
-        others = [other for other in self.all() if other.path != final]
-        older = [other for other in others if other.seq < state.seq and self._is_ours(other)][-1:]
-        for other in others:  # of the same event there may be one, with another owner's number in it
-            if other not in older:
-                other.path.unlink(missing_ok=True)
+        fetched = PulledState(state.seq, state.sha256, final)
+        self._drop_but(fetched)
         if len(states := self.all()) > 1 and self._journal.body_bytes(0, state.seq) > self._settings.keep_bytes:
             self._journal.prune(min(states[0].seq, self._journal.answered_seq))
-        return PulledState(state.seq, state.sha256, final)
+        return fetched
+
+    def _drop_but(self, fetched: PulledState) -> None:
+        """Keep the two newest whole states of this history, and the one just fetched: a worker that came back with an
+        old folder gives one that is older than both."""
+        others = [other for other in self.all() if other.path != fetched.path]
+        of_others = [other for other in others if other.seq != fetched.seq]  # of one event there may be several
+        good = [other for other in of_others if self._is_ours(other) and other.is_whole()]
+        kept = sorted([*good, fetched], key=lambda state: state.seq)[-2:]
+        for other in others:
+            if other not in kept:
+                other.path.unlink(missing_ok=True)
 
 
 def another_history(seq: int) -> WorkerError:

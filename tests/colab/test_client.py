@@ -32,9 +32,11 @@ from sheily_train.colab.client import ClienteColabAsincrono, ClienteColabEntrena
 from sheily_train.colab.delivery import Draft
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import Kind
+from sheily_train.colab.pulled import PulledState
 from sheily_train.colab.snapshots import unpack_snapshot
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.colab.worker import WorkerApp, WorkerSettings, create_app
+from sheily_train.durable import sha256_file
 from sheily_train.errors import (
     BusyError,
     RefusedError,
@@ -616,6 +618,37 @@ def test_a_state_fetched_again_takes_the_place_of_its_like(tmp_path: Path, worke
     run(desk(tmp_path, worker, settings={"keep_bytes": 0}), work)
     names = sorted(path.name[:12] for path in (tmp_path / "desk" / "snapshots").iterdir())
     assert names == ["000000000001", "000000000002"]
+
+
+def test_an_old_state_takes_no_newer_one_away(tmp_path: Path, worker: WorkerApp) -> None:
+    """A state from a worker that came back with an old folder is kept beside the two newest: bodies were dropped that
+    only these stand for. A damaged one is not counted among them."""
+
+    def seqs() -> list[int]:
+        return sorted(int(path.name[:12]) for path in (tmp_path / "desk" / "snapshots").iterdir())
+
+    async def work(client: ClienteColabAsincrono) -> None:
+        old = tmp_path / "old.safetensors"
+        for seq in (1, 2, 3):
+            await client.entrenar_lote(SAMPLES[:5])
+            path = await client.descargar_estado()
+            if seq == 1:
+                shutil.copy(path, old)
+        assert seqs() == [2, 3]
+        assert client.journal.pruned_seq == 2
+        states = client._parts()[1]
+        part = tmp_path / "desk" / "snapshots" / ".part"
+        for damaged in (False, True):
+            if damaged:
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 1
+                path.write_bytes(content)
+            shutil.copy(old, part)
+            states._keep(PulledState(1, sha256_file(old), part))
+            assert seqs() == ([1, 2] if damaged else [1, 2, 3])
+            assert client.journal.pruned_seq == 2
+
+    run(desk(tmp_path, worker, settings={"keep_bytes": 0}), work)
 
 
 def test_a_tunnel_that_refuses_a_state_leaves_the_replay(tmp_path: Path) -> None:
