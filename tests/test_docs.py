@@ -75,6 +75,9 @@ OTHER_FLAGS = {
     "--gpu": "colab new",
     "--proxy-mode": "colab ssh",
     "--requests": "testing.garbage",
+    "--runs": "testing.faults, testing.simulation",
+    "--jobs": "testing.faults, testing.simulation, testing.mutants",
+    "--full-size": "testing.faults",
 }
 
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}

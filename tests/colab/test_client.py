@@ -426,7 +426,8 @@ def test_a_fault_that_stays_ends_in_bounded_time_and_says_which(tmp_path: Path, 
     records: Records = []
     begun = time.monotonic()
     with FaultProxy(served.port, lambda _n, _m, path: "pass" if path == "/run" else fault, pause=0.5) as proxy:
-        client = desk(tmp_path, proxy.url, records, settings={"timeout": 0.2, "retries": 2})
+        patience = 0.2 if REASONS[fault] == "timeout" else 2.0
+        client = desk(tmp_path, proxy.url, records, settings={"timeout": patience, "retries": 2})
         with pytest.raises(UnreachableError, match=re.escape(TEXTS[fault])) as raised:
             run(client, lambda client: client.entrenar_multiples_lotes(SAMPLES, 10))
     assert time.monotonic() - begun < 5

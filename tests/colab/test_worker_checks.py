@@ -251,10 +251,11 @@ def test_a_slow_way_is_told(url: str, monkeypatch: Any) -> None:
     assert remote(url)["Latencia"].state is State.WARNING
 
 
-def test_the_real_worker_is_good_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_the_real_worker_is_good_and_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind its own guard: the right token is good, a wrong one is not, and no run is made by looking."""
     from sheily_train.colab.worker import WorkerSettings, create_app
 
+    monkeypatch.setattr(worker_checks, "_TIMEOUT", 60.0)  # its first model is made meanwhile
     app = create_app(WorkerSettings(state_dir=tmp_path / "worker", token=TOKEN, device="cpu"))
     with serving(app, lifespan="on") as url:
         assert {name: check.state for name, check in remote(url).items()} == dict.fromkeys(REMOTE, State.OK)
