@@ -75,8 +75,8 @@ OTHER_FLAGS = {
     "--gpu": "colab new",
     "--proxy-mode": "colab ssh",
     "--requests": "testing.garbage",
-    "--runs": "testing.faults, testing.simulation",
-    "--jobs": "testing.faults, testing.simulation, testing.mutants",
+    "--runs": "scripts.testing",
+    "--jobs": "scripts.testing",
     "--full-size": "testing.faults",
 }
 
