@@ -77,7 +77,6 @@ OTHER_FLAGS = {
     "--requests": "testing.garbage",
     "--runs": "scripts.testing",
     "--jobs": "scripts.testing",
-    "--full-size": "testing.faults",
 }
 
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
