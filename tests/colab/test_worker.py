@@ -741,23 +741,18 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
 
 
 def test_health_and_status_answer_while_it_trains(tmp_path: Path) -> None:
-    """While a slow batch is learned, ``/health``, ``/status`` and ``/metricas`` answer, and take 50 ms at most.
-
-    Of three times the best counts: the others may hold what the machine did for somebody else.
-    """
+    """While a slow batch is learned, ``/health``, ``/status`` and ``/metricas`` answer within 50 ms."""
 
     async def work(desk: Desk) -> None:
         await desk.attach()
         await desk.feed(1)
         training = asyncio.create_task(desk.send(*desk.next()))
         await asyncio.sleep(0.1)
-        took: dict[str, list[float]] = {"/health": [], "/status": [], "/metricas": []}
-        for path in [*took] * 3:
+        for path in ("/health", "/status", "/metricas") * 3:
             started = time.perf_counter()
             assert (await desk.http.get(path)).status_code == 200
-            took[path].append(time.perf_counter() - started)
+            assert time.perf_counter() - started < 0.05
         assert not training.done()
-        assert max(map(min, took.values())) < 0.05
         assert (await training).status_code == 200
 
     run_async(tmp_path, work, factory=lambda seed, device: TinyLearner(seed, seconds=0.8))
