@@ -155,7 +155,7 @@ class _LearnerTurns(LearnerThread):
     def close(self) -> None:
         """Do what is queued."""
         self._closed = True
-        while self.waiting:
+        while self.waiting and self._alive():  # the dead do nothing more
             self._one_job()
 
     def _one_job(self) -> None:
@@ -186,7 +186,7 @@ class _WriterTurns:
         return future
 
     def shutdown(self) -> None:
-        while self._jobs:
+        while self._jobs and self._alive():
             self._one_job()
 
     def _one_job(self) -> None:

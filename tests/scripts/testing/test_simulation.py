@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 from click.testing import CliRunner
 
+from sheily_train.colab.worker import WorkerSettings
 from sheily_train.scripts.testing import mutants, simulated_world
+from sheily_train.scripts.testing.forgetful_disk import ForgetfulDisk
 from sheily_train.scripts.testing.simulated_network import FAULTS
+from sheily_train.scripts.testing.simulated_worker import SimulatedWorker
 from sheily_train.scripts.testing.simulation import command, simulate, simulate_all
+from sheily_train.scripts.testing.virtual_time import VirtualLoop
 
 TROUBLES = 18
 
@@ -23,6 +29,25 @@ def test_five_hundred_histories_keep_the_promise(tmp_path: Path) -> None:
     assert set(FAULTS) < set(told["troubles"]), "a fault of the network never happened"
     assert len(told["troubles"]) == len(FAULTS) + TROUBLES, "a trouble of the machines never happened"
     assert sum(told["troubles"].values()) > 2500
+
+
+def test_a_dead_worker_can_be_stopped(tmp_path: Path) -> None:
+    """Stopping a worker that died with work in both its queues ends at once, and does none of it."""
+    done: list[str] = []
+
+    async def stop() -> None:
+        disk = ForgetfulDisk(tmp_path / "disk", Random(0))
+        settings = WorkerSettings(disk.root / "state", "a-token-of-the-tests-0123456789")
+        worker = SimulatedWorker(disk, settings, Random(0), 0)
+        inner = worker._app._worker
+        inner._thread.submit(lambda: done.append("learned"))
+        inner._writer.submit(done.append, "written")
+        disk.crash(power=False)
+        worker.stop()
+
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(Random(0))) as runner:
+        runner.run(stop())
+    assert done == []
 
 
 def test_a_seed_gives_the_same_history_again() -> None:
