@@ -129,7 +129,8 @@ def _print_facts(facts: dict[str, Any], samples: Iterable[Example]) -> None:
     click.echo(_("{name}: modelo {state}").format(name=facts["name"], state=_STATES[facts["state"]]))
     click.echo(facts["folder"])
     for key, value in facts["description"].items():
-        click.echo(f"  {excerpt(key)}: {excerpt(value, 1000)}")
+        shown = " / ".join(map(str, value.values())) if isinstance(value, dict) else value  # a text per language
+        click.echo(f"  {excerpt(key)}: {excerpt(shown, 1000)}")
     click.echo()
     _print_aligned(
         [

@@ -131,16 +131,16 @@ def test_branches_dir_comes_from_flag_or_environment(
 def test_show_tells_all_about_a_branch(home: Path) -> None:
     """Files with rows and sizes, the description, the state and the first rows, safe for the terminal."""
     (data(home, "physics").parents[2] / "branch.toml").write_text(
-        'title = "Física"\nday = 2025-01-31\n', encoding="utf-8"
+        'title = { es = "Física", en = "Physics" }\nday = 2025-01-31\n', encoding="utf-8"
     )
     more = data(home, "physics", "training/data/a.jsonl")
     more.write_text('{\n{"text": "\\u001b[31mHola"}\n', encoding="utf-8")
     shown = sheily("branches", "show", "physics").stdout
-    assert "title: Física" in shown
+    assert "title: Física / Physics" in shown
     assert "asistente: [31mHola" in shown
     assert "sin entrenar" in shown
     facts = answer("branches", "show", "physics")
-    assert facts["description"] == {"title": "Física", "day": "2025-01-31"}
+    assert facts["description"] == {"title": {"es": "Física", "en": "Physics"}, "day": "2025-01-31"}
     assert facts["files"][0] == {
         **{"file": "training/data/a.jsonl", "rows": 2, "format": "text", "bytes": more.stat().st_size}
     }

@@ -164,6 +164,16 @@ def test_ask_evaluate_and_export_work_on_what_was_trained(run: Run, tmp_path: Pa
     assert out.splitlines()[1].startswith("physics ")
     [row] = json.loads(run("evaluate", "physics", "--json")[1])
     assert row["specialist"]["loss"] < row["base"]["loss"]
+    code, out, _error = run("evaluate", "--matrix")
+    assert code == 0
+    ranks = json.loads(run("evaluate", "--matrix", "--json")[1])["rank"].values()
+    best = list(ranks).count(1)
+    assert out.splitlines()[-3] == f"El especialista propio es el mejor en {best} de 2 ramas."
+    assert (paths.logs_dir() / "matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert [line.split(",")[0] for line in (paths.logs_dir() / "matrix.csv").read_text().splitlines()] == [
+        *("rama", "music", "physics")
+    ]
+    assert json.loads(run("evaluate", "--matrix", "--json", "physics")[1])["rank"] == {"physics": 1}
     assert run("export", "physics")[0] == 2
     code, out, _error = run("export", "physics", "--merge", "--output", str(tmp_path / "entero"))
     assert code == 0

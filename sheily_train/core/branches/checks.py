@@ -37,7 +37,7 @@ MAX_CHARACTERS = 4_000
 # right, and loses the questions put otherwise.
 NEAR_DUPLICATE = 0.90
 
-_ALLOWED_BESIDE_DATA = ("README*", "LICENSE*", DESCRIPTION_FILE)
+_ALLOWED_BESIDE_DATA = ("README*", "LICENSE*", DESCRIPTION_FILE, "proofs.jsonl")
 
 Vector = Mapping[tuple[int, str], float]
 

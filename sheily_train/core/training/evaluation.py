@@ -116,24 +116,34 @@ def compare_with_base(branch: str, branches_dir: Path, folder: Path, device: str
     """Held-out loss and perplexity of a branch's specialist and of its base, measured now, ready for JSON."""
     found = catalog.find_branch(branches_dir, branch)
     loaded = open_specialist(folder, branch, device)
-    request = loaded.config["request"]
-    examples = read_examples(found.evaluation_files)
-    if not examples:
-        raise DataError(
-            _("La rama «{branch}» no tiene ejemplos reservados.").format(branch=branch),
-            mend=_("Ponlos en {folder}.").format(folder=found.folder / paths.EVALUATION_DATA),
-        )
-    rows = tokenize(examples, loaded.tokenizer, template=request["template"], max_length=request["max_length"])
-    pad = pad_id(loaded.tokenizer)
-    after = HeldOut(mean_loss(loaded.model, batches(rows, pad, loaded.placement), loaded.placement))
+    rows = held_out_rows(found, loaded)
+    after = held_out_loss(loaded, rows)
     with loaded.base() as base:
-        before = HeldOut(mean_loss(base.model, batches(rows, pad, loaded.placement), loaded.placement))
+        before = held_out_loss(base, rows)
     return {
         "branch": branch,
         "heldout_examples": len(rows),
         "base": before.to_json(),
         "specialist": after.to_json(),
     }
+
+
+def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
+    """A branch's held-out rows, put as the specialist's own were. Raises DataError when the branch has none."""
+    examples = read_examples(branch.evaluation_files)
+    if not examples:
+        raise DataError(
+            _("La rama «{branch}» no tiene ejemplos reservados.").format(branch=branch.name),
+            mend=_("Ponlos en {folder}.").format(folder=branch.folder / paths.EVALUATION_DATA),
+        )
+    request = loaded.config["request"]
+    return tokenize(examples, loaded.tokenizer, template=request["template"], max_length=request["max_length"])
+
+
+def held_out_loss(loaded: Specialist, rows: Sequence[TokenRow]) -> HeldOut:
+    """The loss of a loaded model on rows, measured now."""
+    rows_on_device = batches(rows, pad_id(loaded.tokenizer), loaded.placement)
+    return HeldOut(mean_loss(loaded.model, rows_on_device, loaded.placement))
 
 
 def ask_specialist(

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sheily_train import paths, runlog
+from sheily_train.core.training import matrix
+from sheily_train.core.training.evaluation import compare_with_base
+from sheily_train.core.training.matrix import Matrix, measure, trained_branches
+from sheily_train.core.training.request import TrainRequest
+from sheily_train.core.training.trainer import train_model
+from sheily_train.errors import RequestError
+
+
+def place() -> tuple[Path, Path, Path]:
+    """The home's branches, models, and the log of the matrix."""
+    return paths.branches_dir(), paths.models_dir(), paths.logs_dir() / "matrix.jsonl"
+
+
+@pytest.fixture
+def trained(home: Path, tiny_llama: Path) -> Path:
+    """A home with a specialist for each of its two branches."""
+    for branch in ("physics", "music"):
+        train_model(TrainRequest(branch=branch, model=str(tiny_llama), lora=True, epochs=3, lr=1e-2))
+    return home
+
+
+def test_the_matrix_holds_what_evaluating_each_branch_gives(trained: Path) -> None:
+    """A branch's own cell and its base's are those of `evaluate`; a specialist does less well on the other's rows."""
+    branches_dir, models_dir, log = place()
+    names = trained_branches(branches_dir, models_dir)
+    measured = measure(names, branches_dir, models_dir, log)
+    assert measured.names == ("music", "physics")
+    for name in names:
+        alone = compare_with_base(name, branches_dir, models_dir / name)
+        assert measured.loss[name][name] == alone["specialist"]["loss"]
+        assert measured.base[name] == alone["base"]["loss"]
+        assert measured.change(name) < 0
+    assert [measured.best(name) for name in names] == ["music", "physics"]
+
+
+def test_a_matrix_that_was_cut_off_goes_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known cells are not measured again, half a line is passed over, and new rows cost their own cells only."""
+    branches_dir, models_dir, log = place()
+    whole = measure(("physics", "music"), branches_dir, models_dir, log)
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+    log.write_bytes(b"".join(lines[:4]) + lines[4][:20])
+    again = measure(("physics", "music"), branches_dir, models_dir, log)
+    assert again == whole
+    assert log.read_bytes().splitlines(keepends=True) == lines
+
+    file = branches_dir / "music" / paths.EVALUATION_DATA / "test.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    measure(("physics", "music"), branches_dir, models_dir, log)
+    assert [cell["branch"] for cell in list(runlog.read(log))[6:]] == ["music", "music", "music"]
+
+    monkeypatch.setattr(matrix, "open_specialist", None)  # nothing is loaded when everything is known
+    measure(("physics", "music"), branches_dir, models_dir, log)
+
+
+def test_a_branch_without_specialist_ends_the_matrix_before_it_begins(home: Path) -> None:
+    """The branch is named, with the command that trains it; nothing is measured."""
+    branches_dir, models_dir, log = place()
+    with pytest.raises(RequestError, match="sheily train --all"):
+        trained_branches(branches_dir, models_dir)
+    with pytest.raises(RequestError, match="sheily train --branch physics"):
+        measure(("physics",), branches_dir, models_dir, log)
+    assert not log.exists()
+
+
+def test_rank_and_best() -> None:
+    """Rank counts those that do better; a tie goes to the branch's own specialist."""
+    loss = {"a": {"a": 1.0, "b": 2.0}, "b": {"a": 1.0, "b": 2.5}}
+    made = Matrix(("a", "b"), {"a": 2.0, "b": 2.5}, loss)
+    assert [made.best("a"), made.best("b")] == ["a", "a"]
+    assert [made.rank("a"), made.rank("b")] == [1, 2]
+    assert [made.change("a"), made.change("b")] == [-0.5, 0.0]
+    assert json.loads(json.dumps(made.to_json()))["rank"] == {"a": 1, "b": 2}
