@@ -41,8 +41,8 @@ def _word(text: object) -> str:
     return f'"{text}"' if " " in str(text) else str(text)
 
 
-def print_fleet(outcomes: list[Outcome]) -> None:
-    """One row per branch, and how many failed."""
+def print_fleet(outcomes: list[Outcome], log: Path | None) -> None:
+    """One row per branch, how many failed, and where the fleet's log is."""
     from rich.console import Console
     from rich.table import Table
 
@@ -57,6 +57,7 @@ def print_fleet(outcomes: list[Outcome]) -> None:
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     failed = sum(outcome.result is None for outcome in outcomes)
     click.echo(_("{done} de {count} ramas listas.").format(done=len(outcomes) - failed, count=len(outcomes)))
+    click.echo(_("Registro: {log}").format(log=log))
 
 
 def loss_change(metrics: dict[str, Any]) -> str:

@@ -135,22 +135,24 @@ def _dry_run(requests: list[TrainRequest], as_json: bool) -> int:
 
 
 def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: bool, report_to: str | None) -> int:
-    from sheily_train.core.training.fleet import train_branches
+    from sheily_train.core.training.fleet import new_log, train_branches
     from sheily_train.tools.monitoring.terminal import view_for
 
-    with view_for(sys.stdout, quiet=quiet) as view:
+    several = len(requests) > 1
+    log = new_log() if several else None
+    with view_for(sys.stdout, quiet=quiet, several=several) as view:
         listeners = (view, *([_tracker(report_to)] if report_to else []))
         outcomes = []
-        for outcome in train_branches(requests, listeners=listeners, fresh=fresh):
+        for outcome in train_branches(requests, log=log, listeners=listeners, fresh=fresh):
             outcomes.append(outcome)
-            if outcome.error is not None and len(requests) > 1:
+            if outcome.error is not None and several:
                 click.echo(_("{branch}: {error}").format(branch=outcome.branch, error=outcome.error), err=True)
     if len(outcomes) == 1 and outcomes[0].error is not None:
         raise outcomes[0].error
     if as_json:
         click.echo(json.dumps([_as_json(outcome) for outcome in outcomes], ensure_ascii=False, indent=2))
     elif not quiet:
-        _print_summary(outcomes)
+        _print_summary(outcomes, log)
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 
@@ -184,10 +186,10 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _print_summary(outcomes: list[Outcome]) -> None:
+def _print_summary(outcomes: list[Outcome], log: Path | None) -> None:
     from sheily_train.cli.summary import print_fleet, print_one
 
     if len(outcomes) == 1 and outcomes[0].result is not None:
         print_one(outcomes[0].result)
     else:
-        print_fleet(outcomes)
+        print_fleet(outcomes, log)

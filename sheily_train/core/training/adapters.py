@@ -42,6 +42,13 @@ def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftMode
         ) from error
 
 
+def without_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base under an adapter as it was before: its own layers in their places, every parameter frozen."""
+    base: PreTrainedModel = model.unload()
+    base.train(False)
+    return base
+
+
 def leave_types_to_autocast(model: PeftModel) -> None:
     """Stop PEFT from copying every adapted layer's input to float32, which costs memory and time under autocast."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,37 +1,113 @@
-"""Several branches, one after the other: a branch that fails does not stop the next."""
+"""Several branches over one base, one after the other: a branch that fails does not stop the next."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
 
+from sheily_train import paths
 from sheily_train.core.training.request import TrainRequest
+from sheily_train.core.training.shared_base import SharedBase
 from sheily_train.core.training.trainer import TrainingResult, train_model
 from sheily_train.errors import Interrupted, SheilyError, internal_error_text
-from sheily_train.runlog import Listener
+from sheily_train.runlog import Listener, RunLog
+
+State = Literal["trained", "current", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one branch ended: with a result or with an error."""
+    """How one branch ended: with a result or with an error, and after how many seconds of this sitting."""
 
     branch: str
     result: TrainingResult | None
     error: SheilyError | None
+    seconds: float = 0.0
+
+    @property
+    def state(self) -> State:
+        """Whether it was trained now, was up to date already, or failed."""
+        if self.result is None:
+            return "failed"
+        return "current" if self.result.skipped else "trained"
+
+    def to_record(self) -> dict[str, Any]:
+        """What the fleet's log says of it."""
+        metrics = self.result.metrics if self.result else {}
+        return {
+            "branch": self.branch,
+            "state": self.state,
+            "heldout_before": metrics.get("heldout_before"),
+            "heldout_after": metrics.get("heldout_after"),
+            "tokens": metrics.get("tokens"),
+            "seconds": round(self.seconds, 2),
+            "log": str(self.result.log) if self.result else None,
+            "error": str(self.error) if self.error else None,
+        }
+
+
+def new_log() -> Path:
+    """The log of a fleet that starts now."""
+    return paths.logs_dir() / f"fleet_{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"
 
 
 def train_branches(
-    requests: Sequence[TrainRequest], *, listeners: tuple[Listener, ...] = (), fresh: bool = False
+    requests: Sequence[TrainRequest],
+    *,
+    log: Path | None = None,
+    listeners: tuple[Listener, ...] = (),
+    fresh: bool = False,
 ) -> Iterator[Outcome]:
-    """Train each request's branch and yield how it ended. Only an interruption ends the whole."""
+    """Train each request's branch and yield how it ended. Only an interruption ends the whole.
+
+    Args:
+        requests: one per branch; those with one base and one kind of adapter share it in memory.
+        log: the fleet's own log, one record per branch; none is written without it.
+        listeners: called with every record of the fleet's log and of each branch's.
+        fresh: train anew what is up to date.
+    """
+    if log is None:
+        yield from _train_each(requests, listeners, fresh)
+        return
+    with RunLog(log, listeners=listeners) as records:
+        records.write("fleet_start", at=_now(), branches=[request.branch for request in requests])
+        states: Counter[str] = Counter()
+        for outcome in _train_each(requests, listeners, fresh):
+            states[outcome.state] += 1
+            records.write("fleet_branch", at=_now(), **outcome.to_record())
+            records.sync()
+            yield outcome
+        records.write("fleet_done", at=_now(), **states)
+        records.sync()
+
+
+def _train_each(requests: Sequence[TrainRequest], listeners: tuple[Listener, ...], fresh: bool) -> Iterator[Outcome]:
+    shared = SharedBase()
     for request in requests:
-        try:
-            yield Outcome(request.branch, train_model(request, listeners=listeners, fresh=fresh), None)
-        except Interrupted:
-            raise
-        except SheilyError as error:
-            yield Outcome(request.branch, None, error)
-        except Exception as error:
-            unexpected = SheilyError(internal_error_text(error))
-            unexpected.__cause__ = error
-            yield Outcome(request.branch, None, unexpected)
+        begun = time.monotonic()
+        result, error = _train(request, listeners, fresh, shared)
+        yield Outcome(request.branch, result, error, time.monotonic() - begun)
+
+
+def _train(
+    request: TrainRequest, listeners: tuple[Listener, ...], fresh: bool, shared: SharedBase
+) -> tuple[TrainingResult | None, SheilyError | None]:
+    try:
+        return train_model(request, listeners=listeners, fresh=fresh, shared=shared), None
+    except Interrupted:
+        raise
+    except SheilyError as error:
+        return None, error
+    except Exception as error:
+        unexpected = SheilyError(internal_error_text(error))
+        unexpected.__cause__ = error
+        return None, unexpected
+
+
+def _now() -> str:
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S}"

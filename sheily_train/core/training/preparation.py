@@ -18,6 +18,7 @@ from sheily_train.core.training.data import TokenRow
 from sheily_train.core.training.hardware import Machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
+from sheily_train.core.training.shared_base import SharedBase
 from sheily_train.core.training.training_router import Placement, available_devices, route, short_of_memory
 from sheily_train.errors import DataError, ResourceError
 from sheily_train.i18n import _
@@ -27,6 +28,22 @@ if TYPE_CHECKING:
 
 _STATE_VERSION = 1
 """Raised when a checkpoint of the code before can no longer be continued to the same bits."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides a run's weights, found without reading a row.
+
+    Attributes:
+        branch, data_hash: what it learns from.
+        base: what the base model is.
+        key: a name for the run, equal for requests that lead to the same weights.
+    """
+
+    branch: catalog.Branch
+    data_hash: str
+    base: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -103,14 +120,29 @@ def load_training_data(branch: str, branches_dir: Path) -> tuple[list[Example], 
     return examples.read_examples(found.training_files), examples.read_examples(found.evaluation_files)
 
 
-def prepare(request: TrainRequest) -> Job:
+def identify(request: TrainRequest) -> Identity:
+    """What a request comes to, before anything of it is read. Raises RequestError, DataError, BaseModelError."""
+    branch = catalog.find_branch(request.branches_dir, request.branch)
+    data_hash, base = catalog.data_hash(branch), bases.identity(request.model)
+    content = [_STATE_VERSION, request.identity(), data_hash, base]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return Identity(branch, data_hash, base, key)
+
+
+def prepare(request: TrainRequest, identity: Identity | None = None, shared: SharedBase | None = None) -> Job:
     """Read, count and place a request. A run that was cut off keeps its placement, for the sake of the same bits.
+
+    Args:
+        request: what to train and how.
+        identity: of the request, when it is known already.
+        shared: a base that may stand in memory; it takes no room from this request.
 
     Raises:
         RequestError, DataError, BaseModelError: the request, its rows or its base cannot be used.
         ResourceError: memory or disk will not do.
     """
-    branch = catalog.find_branch(request.branches_dir, request.branch)
+    identity = identity or identify(request)
+    branch = identity.branch
     training = examples.read_examples(branch.training_files)
     heldout = examples.read_examples(branch.evaluation_files)
     if not training:
@@ -120,8 +152,6 @@ def prepare(request: TrainRequest) -> Job:
         )
     config = bases.load_config(request.model)
     tokenizer = bases.load_tokenizer(request.model)
-    data_hash, base = catalog.data_hash(branch), bases.identity(request.model)
-    key = _key(request, data_hash, base)
     request = replace(request, max_length=_longest_allowed(request, config))
     rows = data.tokenize(training, tokenizer, template=request.template, max_length=request.max_length)
     judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
@@ -136,18 +166,19 @@ def prepare(request: TrainRequest) -> Job:
         adapted_features=trainable // request.lora_r if request.uses_adapter else 0,
     )
     machine = hardware.inspect_machine()
-    placement = _earlier_placement(request, key, machine) or route(request, machine, shape, work)
+    machine = shared.free_in(machine) if shared else machine
+    placement = _earlier_placement(request, identity.key, machine) or route(request, machine, shape, work)
     request = replace(request, device=placement.device, precision=placement.precision, attention=placement.attention)
     return Job(
         request=request,
-        key=key,
+        key=identity.key,
         branch=branch,
-        data_hash=data_hash,
+        data_hash=identity.data_hash,
         row_format=training[0].format,
         rows=rows,
         heldout=judged,
         tokenizer=tokenizer,
-        base=base,
+        base=identity.base,
         placement=placement,
         shape=shape,
         work=work,
@@ -176,11 +207,6 @@ def check_resources(job: Job) -> None:
             ),
             mend=_("Libera espacio o elige otra carpeta con --output."),
         )
-
-
-def _key(request: TrainRequest, data_hash: str, base: str) -> str:
-    content = [_STATE_VERSION, request.identity(), data_hash, base]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _earlier_placement(request: TrainRequest, key: str, machine: Machine) -> Placement | None:

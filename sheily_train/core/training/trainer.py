@@ -20,9 +20,10 @@ from sheily_train.core.training.clock import Clock
 from sheily_train.core.training.engine import Engine
 from sheily_train.core.training.evaluation import HeldOut, ask_specialist, evaluate_rows, open_specialist
 from sheily_train.core.training.narration import TextLog
-from sheily_train.core.training.preparation import Job, check_resources, load_training_data, prepare
+from sheily_train.core.training.preparation import Job, check_resources, identify, load_training_data, prepare
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run, StopSignal, hold
+from sheily_train.core.training.shared_base import SharedBase
 from sheily_train.errors import Interrupted, ResourceError
 from sheily_train.i18n import _
 from sheily_train.runlog import Listener, RunLog, read
@@ -52,27 +53,35 @@ class Progress:
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def train_model(request: TrainRequest, *, listeners: tuple[Listener, ...] = (), fresh: bool = False) -> TrainingResult:
+def train_model(
+    request: TrainRequest,
+    *,
+    listeners: tuple[Listener, ...] = (),
+    fresh: bool = False,
+    shared: SharedBase | None = None,
+) -> TrainingResult:
     """Train a branch's specialist, or go on where an earlier call with the same request was cut off.
 
     Args:
         request: what to train and how.
         listeners: called with every record of the run log.
         fresh: pass over checkpoints and an up-to-date result of the same request.
+        shared: where an adapter's base is kept for the next call.
 
     Raises:
         SheilyError: see :mod:`sheily_train.errors`; :class:`Interrupted` after Ctrl-C or SIGTERM, all of it saved.
     """
     catalog.find_branch(request.branches_dir, request.branch)
     with _explained_shortage(request), hold(request.model_folder, request.branch):
-        job = prepare(request)
-        run = Run(job.request.model_folder, job.key)
+        identity = identify(request)
+        run = Run(request.model_folder, identity.key)
         if fresh:
             run.discard()
-        elif (result := _finished(job, run)) is not None:
+        elif (result := _finished(request.model_folder, run, identity.key)) is not None:
             return result
+        job = prepare(request, identity, shared)
         check_resources(job)
-        return _Training(job, run, listeners).result()
+        return _Training(job, run, listeners, shared or SharedBase()).result()
 
 
 def quick_test(folder: Path, branch: str, question: str, *, max_new_tokens: int = 100) -> str:
@@ -80,14 +89,13 @@ def quick_test(folder: Path, branch: str, question: str, *, max_new_tokens: int 
     return ask_specialist(open_specialist(folder, branch), question, max_new_tokens=max_new_tokens)
 
 
-def _finished(job: Job, run: Run) -> TrainingResult | None:
+def _finished(folder: Path, run: Run, key: str) -> TrainingResult | None:
     """The result of the same request when it is already there, after ending a move that a kill cut short."""
-    folder = job.request.model_folder
     if specialist.is_complete(run.result):
         specialist.publish(run.result, folder)
         run.discard()
     config = specialist.read_config(folder)
-    if config is None or config["key"] != job.key:
+    if config is None or config["key"] != key:
         return None
     run.discard()
     metrics = durable.read_json(folder / paths.TRAINING_METRICS) or {}
@@ -97,9 +105,9 @@ def _finished(job: Job, run: Run) -> TrainingResult | None:
 class _Training:
     """One sitting of a run: from its newest checkpoint, or from nothing, to the published result."""
 
-    def __init__(self, job: Job, run: Run, listeners: tuple[Listener, ...]) -> None:
+    def __init__(self, job: Job, run: Run, listeners: tuple[Listener, ...], shared: SharedBase) -> None:
         hardware.make_deterministic(job.placement.device)
-        self.job, self.run, self.listeners = job, run, listeners
+        self.job, self.run, self.listeners, self.shared = job, run, listeners, shared
         self.fingerprint = hardware.fingerprint(job.placement.device)
         self.begun = run.begin(job.branch.name, job.placement.to_json(), self.fingerprint)
         self.log_path = Path(self.begun["log"])
@@ -118,6 +126,8 @@ class _Training:
             with StopSignal() as stop:
                 self._run_steps(stop)
             metrics = self._finish()
+        if self.job.placement.method == "lora":
+            self.shared.give_back(self.engine.model)
         return TrainingResult(self.job.request.model_folder, self.log_path, metrics)
 
     def _tell_start(self, saved: checkpoint.Checkpoint | None, damaged: list[Path]) -> None:
@@ -145,16 +155,20 @@ class _Training:
 
     def _load_model(self) -> Any:
         request, placement = self.job.request, self.job.placement
-        model = bases.load_model(
-            request.model,
-            dtype=placement.base_dtype,
-            device=placement.device,
-            attention=placement.attention,
-            quantization=quantization(placement.method, placement.precision),
-        )
+
+        def load() -> Any:
+            return bases.load_model(
+                request.model,
+                dtype=placement.base_dtype,
+                device=placement.device,
+                attention=placement.attention,
+                quantization=quantization(placement.method, placement.precision),
+            )
+
         if not request.uses_adapter:
-            return model
-        adapted = create_lora_model(model, request)
+            return load()
+        key = (self.job.base, placement.device, placement.method, placement.precision, placement.attention)
+        adapted = create_lora_model(self.shared.take(key, load), request)
         leave_types_to_autocast(adapted)
         return adapted
 

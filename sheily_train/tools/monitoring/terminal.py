@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from sheily_train.core.training.narration import describe, duration
 from sheily_train.i18n import _
 from sheily_train.runlog import Record
+from sheily_train.tools.monitoring.fleet_view import FleetView
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -98,9 +99,11 @@ class LiveView:
         self._progress.stop()
 
 
-def view_for(stream: TextIO, *, quiet: bool) -> LiveView | SilentView:
-    """The view that suits the stream: live on a terminal, plain lines elsewhere, nothing when quiet."""
+def view_for(stream: TextIO, *, quiet: bool, several: bool = False) -> FleetView | LiveView | SilentView:
+    """The view that suits the stream: live on a terminal (a table for several branches), plain lines elsewhere."""
     if quiet:
         return SilentView()
     console = Console(file=stream)
-    return LiveView(console) if console.is_terminal else PlainView(stream)
+    if not console.is_terminal:
+        return PlainView(stream)
+    return FleetView(console) if several else LiveView(console)
