@@ -26,7 +26,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import partial
@@ -119,11 +118,9 @@ def simulate_all(seeds: range, jobs: int) -> Iterator[Report]:
         yield from map(simulate, seeds)
         return
     fresh = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
-    with ProcessPoolExecutor(jobs, fresh, max_tasks_per_child=_CHUNKS_A_PROCESS) as pool:
-        try:
-            yield from pool.map(simulate, seeds, chunksize=_CHUNK)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    # not concurrent.futures: with max_tasks_per_child its pool can stop for good when children end (Python issue 115634)
+    with fresh.Pool(jobs, maxtasksperchild=_CHUNKS_A_PROCESS) as pool:
+        yield from pool.imap(simulate, seeds, chunksize=_CHUNK)
 
 
 @click.command(help=_("Simula el protocolo: una historia por semilla, con todo lo que puede ir mal."))
