@@ -118,7 +118,7 @@ def simulate_all(seeds: range, jobs: int) -> Iterator[Report]:
         yield from map(simulate, seeds)
         return
     fresh = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
-    # not concurrent.futures: with max_tasks_per_child its pool can stop for good when children end (Python issue 115634)
+    # concurrent.futures can stop for good when its children are renewed (max_tasks_per_child, Python issue 115634)
     with fresh.Pool(jobs, maxtasksperchild=_CHUNKS_A_PROCESS) as pool:
         yield from pool.imap(simulate, seeds, chunksize=_CHUNK)
 
