@@ -143,7 +143,7 @@ class OutOfStep(WorkerError):
     """The worker is not where the client thought: it is attached to again.
 
     Args:
-        code: the worker's word for it: ``gap``, ``detached`` or ``restarted``.
+        code: the worker's word for it: ``gap``, ``detached``, ``restarted``, or ``behind``.
         expected: the event it waits for, if it said so.
     """
 

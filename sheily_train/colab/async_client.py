@@ -23,7 +23,7 @@ from sheily_train.colab.batches import JSON_FORM, Batch, Feedback, make_feedback
 from sheily_train.colab.delivery import Delivery, Draft, Supply
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import RUN_HEADER, Kind, check_run_id
-from sheily_train.colab.pulled import PulledStates
+from sheily_train.colab.pulled import PulledState, PulledStates
 from sheily_train.colab.samples import Samples, batches_of, encode, one_batch
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.threads import in_thread
@@ -148,7 +148,20 @@ class ClienteColabAsincrono:
         """Fetch the run's whole state now, verified and durable; returns the file."""
         async with self._turn:
             await self._deliver()
-        return (await self._in_step(self._parts()[1].pull)).path
+        return (await self._in_step(self._whole_state)).path
+
+    async def _whole_state(self) -> PulledState:
+        """The state after all that is answered; a worker that came back with an older one is not in step."""
+        answered = self.journal.answered_seq
+        state = await self._parts()[1].pull()
+        if state.seq < answered:
+            raise OutOfStep(
+                "behind",
+                _("El trabajador volvió con un estado anterior, el del evento {seq} de {answered}.").format(
+                    seq=state.seq, answered=answered
+                ),
+            )
+        return state
 
     async def descartar_pendientes(self) -> int:
         """Remove from the journal what waits there and the worker has not applied; returns how many events.

@@ -59,6 +59,9 @@ class Attachment:
             await self._go_back(state.seq if state else 0, seen)
         place = await self._take(await in_thread(self._to_set_aside, seen) if rebase else None)
         await in_thread(self._note, place)
+        if rebase and (older := await in_thread(self._state_before_break, place["last_seq"])):
+            await self._go_back(older.seq, place)
+            return await self.attach(rebase=True)
         reached = await self._give_state(place)
         if reached < self._journal.breaks.last_seq:
             if not rebase or self._journal.pruned_seq:
@@ -131,6 +134,12 @@ class Attachment:
         made = await in_thread(self._journal.rebase, seq, place["fingerprint"])
         self._states.go_back(seq)
         self._record("rebase", seq=seq, **{"from": made.left, "to": made.taken})
+
+    def _state_before_break(self, reached: int) -> PulledState | None:
+        """The state for a worker at ``reached`` when only those from before the last break are left."""
+        last_break = self._journal.breaks.last_seq
+        state = self._states.newest(self._journal.last_seq) if reached < last_break else None
+        return state if state is not None and state.seq < last_break else None
 
     def _to_set_aside(self, seen: Place) -> str | None:
         """The chain value of a state that the worker has and this run cannot go on from."""

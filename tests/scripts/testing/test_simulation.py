@@ -31,6 +31,12 @@ def test_five_hundred_histories_keep_the_promise(tmp_path: Path) -> None:
     assert sum(told["troubles"].values()) > 2500
 
 
+@pytest.mark.parametrize("seed", [4452, 5335, 9746, 17295])
+def test_histories_that_once_failed_keep_the_promise(seed: int) -> None:
+    """A state asked of a worker that came back older; a break whose own state was damaged afterwards."""
+    assert simulate(seed).failure == ""
+
+
 def test_a_dead_worker_can_be_stopped(tmp_path: Path) -> None:
     """Stopping a worker that died with work in both its queues ends at once, and does none of it."""
     done: list[str] = []
