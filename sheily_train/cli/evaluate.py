@@ -103,12 +103,11 @@ def _print_matrix(matrix: Matrix) -> None:
     for name in matrix.names:
         best = matrix.best(name)
         other = "" if best == name else f"{best} ({matrix.loss[best][name]:.4f})"
-        own, change = f"{matrix.loss[name][name]:.4f}", f"{100 * matrix.change(name):+.1f} %"
+        own, change = f"{matrix.loss[name][name]:.4f}", f"{100 * matrix.change(name, name):+.1f} %"
         _print_row((name, f"{matrix.base[name]:.4f}", own, change, matrix.rank(name), other or _("el propio")))
-    best_count = sum(matrix.rank(name) == 1 for name in matrix.names)
     click.echo(
         _("El especialista propio es el mejor en {best} de {count} ramas.").format(
-            best=best_count, count=len(matrix.names)
+            best=matrix.own_best, count=len(matrix.names)
         )
     )
 

@@ -46,12 +46,14 @@ def print_fleet(outcomes: list[Outcome], log: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sheily_train.tools.monitoring.fleet_view import STATES
+
     table = Table(_("Rama"), _("Estado"), _("Pérdida reservada"), _("Segundos"), box=None)
     for outcome in outcomes:
+        state = STATES[outcome.state]
         if outcome.result is None:
-            table.add_row(outcome.branch, _("falló"), str(outcome.error), "")
+            table.add_row(outcome.branch, state, str(outcome.error), "")
         else:
-            state = _("al día") if outcome.result.skipped else _("entrenada")
             seconds = f"{outcome.result.metrics['timing']['seconds']:.1f}"
             table.add_row(outcome.branch, state, loss_change(outcome.result.metrics), seconds)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)

@@ -16,6 +16,7 @@ from sheily_train.i18n import _
 from sheily_train.paths import EVALUATION_DATA, ROWS_SUFFIX, TRAINING_DATA
 
 DESCRIPTION_FILE = "branch.toml"
+PROOFS_FILE = "proofs.jsonl"
 
 # Letters of any language, digits, and inside the name also spaces, dots and hyphens: never a path, never hidden.
 _NAME = re.compile(r"\w(?:[\w .-]{0,62}\w)?")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sheily_train.core.branches.catalog import (
     DESCRIPTION_FILE,
+    PROOFS_FILE,
     Branch,
     count_rows,
     is_name,
@@ -37,7 +38,7 @@ MAX_CHARACTERS = 4_000
 # right, and loses the questions put otherwise.
 NEAR_DUPLICATE = 0.90
 
-_ALLOWED_BESIDE_DATA = ("README*", "LICENSE*", DESCRIPTION_FILE, "proofs.jsonl")
+_ALLOWED_BESIDE_DATA = ("README*", "LICENSE*", DESCRIPTION_FILE, PROOFS_FILE)
 
 Vector = Mapping[tuple[int, str], float]
 

@@ -45,9 +45,14 @@ class Matrix:
         own = self.loss[branch][branch]
         return 1 + sum(self.loss[name][branch] < own for name in self.names)
 
-    def change(self, branch: str) -> float:
-        """What the branch's own specialist adds to its base's loss there, as a share of it: -0.2 is a fifth less."""
-        return self.loss[branch][branch] / self.base[branch] - 1
+    @property
+    def own_best(self) -> int:
+        """On how many branches no specialist does better than the branch's own."""
+        return sum(self.rank(name) == 1 for name in self.names)
+
+    def change(self, branch: str, name: str) -> float:
+        """What specialist ``name`` adds to the base's loss on the branch, as a share of it: -0.2 is a fifth less."""
+        return self.loss[name][branch] / self.base[branch] - 1
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with what follows from it."""
@@ -98,12 +103,13 @@ def measure(
     known, kept = _known(log)
     for branch in branches:
         specialist.require_config(models_dir / branch.name, branch.name)
+    rows = {branch.name: _rows_hash(branch) for branch in branches}
     total = len(branches) * (len(branches) + 1)
     base: dict[str, float] = {}
     loss: dict[str, dict[str, float]] = {}
     with runlog.RunLog(log, keep=kept) as written:
         for branch in branches:
-            cells = _Cells(models_dir / branch.name, branch.name, device, known, written)
+            cells = _Cells(models_dir / branch.name, branch.name, device, rows, known, written)
             base[branch.name] = cells.loss(branch, of_base=True)
             row = loss[branch.name] = {}
             for other in branches:
@@ -116,14 +122,21 @@ class _Cells:
     """One specialist's cells; the model is loaded when the first unknown one is asked for."""
 
     def __init__(
-        self, folder: Path, name: str, device: str, known: dict[tuple[str, str, bool], float], log: runlog.RunLog
+        self,
+        folder: Path,
+        name: str,
+        device: str,
+        rows: dict[str, str],
+        known: dict[tuple[str, str, bool], float],
+        log: runlog.RunLog,
     ) -> None:
-        self._folder, self._name, self._device, self._known, self._log = folder, name, device, known, log
+        self._folder, self._name, self._device = folder, name, device
+        self._rows, self._known, self._log = rows, known, log
         self._model = durable.sha256_file(folder / paths.TRAINING_CONFIG)  # it holds the hashes of all other files
         self._loaded: Specialist | None = None
 
     def loss(self, branch: catalog.Branch, *, of_base: bool = False) -> float:
-        key = (self._model, _rows_hash(branch), of_base)
+        key = (self._model, self._rows[branch.name], of_base)
         if key not in self._known:
             self._known[key] = self._measure(branch, of_base)
             model, rows, _of_base = key

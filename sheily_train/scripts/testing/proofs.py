@@ -31,10 +31,8 @@ from typing import Any
 
 import click
 
-from sheily_train.core.branches.catalog import Branch, find_branch, find_branches
+from sheily_train.core.branches.catalog import PROOFS_FILE, Branch, find_branch, find_branches
 from sheily_train.paths import branches_dir
-
-PROOFS_FILE = "proofs.jsonl"
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SPACE = "[ \u00a0\u202f]"

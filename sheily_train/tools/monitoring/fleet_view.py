@@ -15,7 +15,8 @@ from sheily_train.core.training.narration import duration
 from sheily_train.i18n import _
 from sheily_train.runlog import Record
 
-_STATES = {"trained": _("entrenada"), "current": _("al día"), "failed": _("falló")}
+STATES = {"trained": _("entrenada"), "current": _("al día"), "failed": _("falló")}
+"""How a branch ended, in a word."""
 _LINES_BESIDE_ROWS = 5
 
 
@@ -64,7 +65,7 @@ class FleetView:
     def _end(self, record: Record) -> None:
         row = self._rows[record["branch"]]
         before, after = record["heldout_before"], record["heldout_after"]
-        row.state, row.left, row.ended = _STATES[record["state"]], "", True
+        row.state, row.left, row.ended = STATES[record["state"]], "", True
         row.loss = f"{before['loss']:.4f} → {after['loss']:.4f}" if before and after else ""
         if record["state"] == "trained":
             self._trained_seconds.append(record["seconds"])

@@ -30,9 +30,7 @@ def write_picture(file: Path, matrix: Matrix) -> None:
     from matplotlib.figure import Figure
 
     names = matrix.names
-    change = [
-        [100 * (matrix.loss[name][branch] / matrix.base[branch] - 1) for name in names] for branch in names
-    ]  # per cent, branch by specialist
+    change = [[100 * matrix.change(branch, name) for name in names] for branch in names]  # per cent
     side = 3.2 + 0.21 * len(names)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained", dpi=110)
     axes = figure.subplots()
@@ -42,10 +40,9 @@ def write_picture(file: Path, matrix: Matrix) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(_("especialista"))
     axes.set_ylabel(_("ejemplos reservados de"))
-    best = sum(matrix.rank(name) == 1 for name in names)
     axes.set_title(
         _("El especialista de la rama es el mejor en {best} de {count} (punto: el mejor)").format(
-            best=best, count=len(names)
+            best=matrix.own_best, count=len(names)
         ),
         fontsize=9,
     )

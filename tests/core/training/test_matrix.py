@@ -37,7 +37,7 @@ def test_the_matrix_holds_what_evaluating_each_branch_gives(trained: Path) -> No
         alone = compare_with_base(name, branches_dir, models_dir / name)
         assert measured.loss[name][name] == alone["specialist"]["loss"]
         assert measured.base[name] == alone["base"]["loss"]
-        assert measured.change(name) < 0
+        assert measured.change(name, name) < 0
     assert [measured.best(name) for name in names] == ["music", "physics"]
 
 
@@ -77,5 +77,5 @@ def test_rank_and_best() -> None:
     made = Matrix(("a", "b"), {"a": 2.0, "b": 2.5}, loss)
     assert [made.best("a"), made.best("b")] == ["a", "a"]
     assert [made.rank("a"), made.rank("b")] == [1, 2]
-    assert [made.change("a"), made.change("b")] == [-0.5, 0.0]
+    assert [made.change("a", "a"), made.change("b", "b")] == [-0.5, 0.0]
     assert json.loads(json.dumps(made.to_json()))["rank"] == {"a": 1, "b": 2}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from sheily_train.core.branches.catalog import find_branch
+from sheily_train.core.branches.catalog import PROOFS_FILE, find_branch
 from sheily_train.scripts.testing import proofs
 
 
@@ -18,7 +18,7 @@ def faults(folder: Path, answer: str, *made: dict[str, Any], question: str = "¿
     row = {"instruction": question, "input": given, "output": answer}
     (data / "train.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     lines = [json.dumps({"row": question} | proof) for proof in made]
-    (folder / "maths" / proofs.PROOFS_FILE).write_text("\n".join(lines), encoding="utf-8")
+    (folder / "maths" / PROOFS_FILE).write_text("\n".join(lines), encoding="utf-8")
     return proofs.check(find_branch(folder, "maths"))
 
 
