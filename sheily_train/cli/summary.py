@@ -42,7 +42,7 @@ def _word(text: object) -> str:
 
 
 def print_fleet(outcomes: list[Outcome], log: Path | None) -> None:
-    """One row per branch, how many failed, and where the fleet's log is."""
+    """One row per branch, where the fleet's log is, and how many are ready."""
     from rich.console import Console
     from rich.table import Table
 
@@ -58,8 +58,8 @@ def print_fleet(outcomes: list[Outcome], log: Path | None) -> None:
             table.add_row(outcome.branch, state, loss_change(outcome.result.metrics), seconds)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
     failed = sum(outcome.result is None for outcome in outcomes)
-    click.echo(_("{done} de {count} ramas listas.").format(done=len(outcomes) - failed, count=len(outcomes)))
     click.echo(_("Registro: {log}").format(log=log))
+    click.echo(_("{done} de {count} ramas listas.").format(done=len(outcomes) - failed, count=len(outcomes)))
 
 
 def loss_change(metrics: dict[str, Any]) -> str:
