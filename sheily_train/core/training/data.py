@@ -43,8 +43,8 @@ class TokenRow:
 
     @property
     def answer_tokens(self) -> int:
-        """How many tokens are learned."""
-        return sum(label != IGNORED for label in self.labels)
+        """How many tokens are learned; nothing foretells the first one."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 class Batch(NamedTuple):
@@ -215,15 +215,15 @@ def split_by_tokens(rows: Sequence[TokenRow], max_tokens: int) -> list[list[Toke
     return groups
 
 
-def collate(rows: Sequence[TokenRow], pad_id: int, device: str | torch.device = "cpu") -> Batch:
-    """Rows as one padded batch. Labels come from positions, so that a pad equal to end-of-text is never learned."""
+def collate(rows: Sequence[TokenRow], device: str | torch.device = "cpu") -> Batch:
+    """Rows as one padded batch. What stands in the padding is token 0: it is masked, and never learned."""
     longest = max(len(row.ids) for row in rows)
 
     def padded(values: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
         return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in values], device=device)
 
     return Batch(
-        padded([row.ids for row in rows], pad_id),
+        padded([row.ids for row in rows], 0),
         padded([[1] * len(row.ids) for row in rows], 0),
         padded([row.labels for row in rows], IGNORED),
     )

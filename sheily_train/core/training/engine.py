@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
-from sheily_train.core.training.data import IGNORED, Batch
+from sheily_train.core.training.data import TokenRow
+from sheily_train.core.training.forward import Forward, choose_forward
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import TrainingError
 from sheily_train.i18n import _
@@ -32,31 +31,6 @@ class StepResult:
     lr: float
     answer_tokens: int
     tokens: int
-
-
-def answer_loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Summed cross entropy (nats) of the answer tokens, as a float32 scalar with gradient.
-
-    Logits are asked of the model only at positions where some row has an answer token next.
-    """
-    targets_BT = batch.labels_BT[:, 1:]
-    kept = (targets_BT != IGNORED).any(0).nonzero().squeeze(1)
-    inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "use_cache": False}
-    if _can_keep_some_logits(model):
-        logits_BKV = model(**inputs, logits_to_keep=kept).logits
-    else:
-        logits_BKV = model(**inputs).logits[:, kept]
-    targets_BK = targets_BT[:, kept]
-    return functional.cross_entropy(
-        logits_BKV.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
-def _can_keep_some_logits(model: torch.nn.Module) -> bool:
-    inner: Any = model
-    if hasattr(model, "get_base_model"):
-        inner = inner.get_base_model()
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def schedule_factor(kind: str, step: int, warmup: int, total: int) -> float:
@@ -102,11 +76,11 @@ class Engine:
 
     def __init__(self, model: torch.nn.Module, request: TrainRequest, placement: Placement, total_steps: int) -> None:
         self.model = model
+        self.forward = choose_forward(model, placement)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError(_("El modelo no tiene ningún parámetro entrenable."))
         self._request = request
-        self._placement = placement
         self._total_steps = total_steps
         self._warmup = warmup_steps(request, total_steps)
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -120,27 +94,26 @@ class Engine:
         )
         self.scaler = torch.amp.GradScaler(placement.device, enabled=placement.precision == "fp16")
 
-    def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
+    def step(self, step: int, groups: Sequence[Sequence[TokenRow]]) -> StepResult:
         """Take optimizer step ``step`` (from 0) on micro-batches whose gradients add up to those of one large batch."""
         torch.manual_seed(step_seed(self._request.seed, step))
-        answer_tokens = sum(int((batch.labels_BT[:, 1:] != IGNORED).sum()) for batch in batches)
+        answer_tokens = sum(row.answer_tokens for rows in groups for row in rows)
         if answer_tokens == 0:
             raise TrainingError(
                 _("El lote del paso {step} no contiene ningún token de respuesta.").format(step=step + 1)
             )
         self.model.train()
-        loss = sum(self._backward(batch, answer_tokens) for batch in batches) / answer_tokens
+        loss = sum(self._backward(rows, answer_tokens) for rows in groups) / answer_tokens
         if not math.isfinite(loss):
             raise _not_finite(_("La pérdida"), step, loss)
         lr = self._request.learning_rate * schedule_factor(
             self._request.schedule, step, self._warmup, self._total_steps
         )
         norm = self._update(step, lr)
-        return StepResult(loss, norm, lr, answer_tokens, sum(int(batch.mask_BT.sum()) for batch in batches))
+        return StepResult(loss, norm, lr, answer_tokens, sum(len(row.ids) for rows in groups for row in rows))
 
-    def _backward(self, batch: Batch, answer_tokens: int) -> float:
-        with self._placement.autocast():
-            loss_sum = answer_loss_sum(self.model, batch)
+    def _backward(self, rows: Sequence[TokenRow], answer_tokens: int) -> float:
+        loss_sum = self.forward.losses([rows])[0]
         torch.autograd.backward(self.scaler.scale(loss_sum / answer_tokens))
         return loss_sum.item()
 
@@ -156,6 +129,10 @@ class Engine:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def drop_gradients(self) -> None:
+        """Forget what a step that did not end has added up."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Weights and optimizer moments by name, to be written to a checkpoint."""
@@ -192,14 +169,14 @@ class Engine:
         return self.scaler.state_dict()
 
 
-def mean_loss(model: torch.nn.Module, batches: Iterable[Batch], placement: Placement) -> float:
-    """Mean answer loss (nats per answer token) without training."""
+def mean_loss(model: torch.nn.Module, forward: Forward, groups: Iterable[Sequence[TokenRow]]) -> float:
+    """Mean answer loss (nats per answer token) of groups of rows, without training."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    with torch.no_grad(), placement.autocast():
-        for batch in batches:
-            total += answer_loss_sum(model, batch).item()
-            count += int((batch.labels_BT[:, 1:] != IGNORED).sum())
+    with torch.no_grad():
+        for rows in groups:
+            total += forward.losses([rows]).item()
+            count += sum(row.answer_tokens for row in rows)
     model.train(was_training)
     return total / count

@@ -71,6 +71,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a card, would not do."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def free_disk(folder: Path) -> int:
     """Bytes free where ``folder`` is, or would be created."""
     while not folder.exists():

@@ -26,7 +26,7 @@ from sheily_train.i18n import _
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 """Raised when a checkpoint of the code before can no longer be continued to the same bits."""
 
 

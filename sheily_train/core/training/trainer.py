@@ -17,8 +17,9 @@ from sheily_train.core.branches import catalog
 from sheily_train.core.training import bases, checkpoint, data, hardware, results, specialist
 from sheily_train.core.training.adapters import create_lora_model, leave_types_to_autocast, quantization
 from sheily_train.core.training.clock import Clock
-from sheily_train.core.training.engine import Engine
+from sheily_train.core.training.engine import Engine, StepResult
 from sheily_train.core.training.evaluation import HeldOut, ask_specialist, evaluate_rows, open_specialist
+from sheily_train.core.training.forward import PaddedForward
 from sheily_train.core.training.narration import TextLog
 from sheily_train.core.training.preparation import Job, check_resources, identify, load_training_data, prepare
 from sheily_train.core.training.request import TrainRequest
@@ -45,6 +46,7 @@ class TrainingResult:
 class Progress:
     """What a run has reached; with the engine's tensors it is all that a checkpoint holds."""
 
+    micro_tokens: int
     step: int = 0
     before: HeldOut | None = None
     best: float | None = None
@@ -121,6 +123,8 @@ class _Training:
         ):
             self._tell_start(saved, damaged)
             self.engine = Engine(self._load_model(), self.job.request, self.job.placement, self.job.work.steps)
+            if isinstance(self.engine.forward, PaddedForward):
+                self._note(_("Este modelo no admite filas empaquetadas: se entrena por el camino común, más lento."))
             self.progress = self._restore(saved) if saved else self._first_look()
             self.clock = self._start_clock(saved)
             with StopSignal() as stop:
@@ -183,12 +187,10 @@ class _Training:
 
     def _run_steps(self, stop: StopSignal) -> None:
         """The loop: rows, step, record, and now and then a checkpoint."""
-        job, progress, pad = self.job, self.progress, data.pad_id(self.job.tokenizer)
+        job, progress = self.job, self.progress
         while progress.step < job.work.steps and not progress.stopped:
             rows = job.step_rows(progress.step)
-            groups = data.split_by_tokens(rows, job.placement.micro_tokens)
-            batches = [data.collate(group, pad, job.placement.device) for group in groups]
-            result = self.engine.step(progress.step, batches)
+            result = self._take_step(rows)
             progress.step += 1
             self.log.write("step", step=progress.step, examples=len(rows), **vars(result))
             self._tell_time(result.tokens, len(rows))
@@ -200,6 +202,24 @@ class _Training:
             if self.clock.checkpoint_due():
                 self._save()
 
+    def _take_step(self, rows: list[data.TokenRow]) -> StepResult:
+        """One optimizer step; as often as memory runs out, the same one again in micro-batches of half the size."""
+        while True:
+            groups = data.split_by_tokens(rows, self.progress.micro_tokens)
+            try:
+                return self.engine.step(self.progress.step, groups)
+            except (MemoryError, RuntimeError) as error:
+                if not hardware.is_out_of_memory(error) or len(groups) == len(rows):
+                    raise
+            self.engine.drop_gradients()
+            self.progress.micro_tokens = max(len(group[0].ids) * len(group) for group in groups) // 2
+            self._note(
+                _("Se acabó la memoria en el paso {step}: se repite con {tokens} tokens a la vez.").format(
+                    step=self.progress.step + 1, tokens=self.progress.micro_tokens
+                )
+            )
+            self._save()  # whoever goes on from here takes the same pieces
+
     def _tell_time(self, tokens: int, examples: int) -> None:
         self.clock.count(tokens, examples)
         timing = self.clock.timing()
@@ -208,12 +228,10 @@ class _Training:
 
     def _first_look(self) -> Progress:
         """Nothing done yet, but the base judged."""
-        return Progress(before=self._evaluate(step=0))
+        return Progress(self.job.placement.micro_tokens, before=self._evaluate(step=0))
 
     def _evaluate(self, step: int) -> HeldOut | None:
-        heldout = evaluate_rows(
-            self.engine.model, self.job.heldout, data.pad_id(self.job.tokenizer), self.job.placement
-        )
+        heldout = evaluate_rows(self.engine.model, self.job.heldout, self.job.placement)
         if heldout is not None:
             self.log.write("eval", step=step, **heldout.to_json())
         return heldout
@@ -244,6 +262,7 @@ class _Training:
     def _save(self) -> None:
         started, progress = time.monotonic(), self.progress
         state = {
+            "micro_tokens": progress.micro_tokens,
             "before": progress.before.loss if progress.before else None,
             "best": progress.best,
             "epochs_without_gain": progress.epochs_without_gain,
@@ -261,6 +280,7 @@ class _Training:
     def _restore(self, saved: checkpoint.Checkpoint) -> Progress:
         self.engine.load_state(saved.tensors, saved.state["scaler"])
         return Progress(
+            micro_tokens=min(saved.state["micro_tokens"], self.job.placement.micro_tokens),
             step=saved.step,
             before=HeldOut(saved.state["before"]) if saved.state["before"] is not None else None,
             best=saved.state["best"],
@@ -315,7 +335,7 @@ def _explained_shortage(request: TrainRequest) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not hardware.is_out_of_memory(error):
             raise
         raise ResourceError(
             _("Se acabó la memoria al entrenar «{branch}»; los puntos de control siguen intactos.").format(

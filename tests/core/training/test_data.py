@@ -84,10 +84,11 @@ def test_answers_alone_are_learned_each_with_one_end_of_text(
     rows: Callable[..., list[TokenRow]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """In every format and template; every turn's answer is learned, and a text row from its first token on."""
+    """In every format and template; every turn's answer is learned, and a text row from its second token on: nothing foretells the first."""
     (tokens,) = rows(row, template=template)
     assert learned(tokens, tokenizer) == answers
-    assert tokens.answer_tokens == len(tokenizer(answers, add_special_tokens=False).input_ids)
+    foretold = len(tokenizer(answers, add_special_tokens=False).input_ids) - (row.format is RowFormat.TEXT)
+    assert tokens.answer_tokens == foretold
     assert (IGNORED in tokens.labels) == (row.format is not RowFormat.TEXT)
 
 
@@ -266,20 +267,19 @@ def test_no_examples_give_no_rows(rows: Callable[..., list[TokenRow]]) -> None:
     assert rows() == []
 
 
-def test_padding_equal_to_end_of_text_is_never_learned(
+def test_padding_is_never_learned_and_the_end_of_text_is(
     tokenizer: PreTrainedTokenizerBase, rows: Callable[..., list[TokenRow]]
 ) -> None:
-    """The short row keeps its own end-of-text label; its padding, the same token, is masked and ignored."""
+    """The short row keeps its own end-of-text label; its padding is masked and ignored."""
     short, long = rows(question("No."), question("La energía es la capacidad."))
-    pad = data.pad_id(tokenizer)
-    assert pad == tokenizer.eos_token_id
-    batch = data.collate([short, long], pad)
+    end = tokenizer.eos_token_id
+    batch = data.collate([short, long])
     size = len(short.ids)
     assert batch.ids_BT.shape == batch.mask_BT.shape == batch.labels_BT.shape == (2, len(long.ids))
-    assert batch.ids_BT[0].tolist() == [*short.ids, *[pad] * (len(long.ids) - size)]
+    assert batch.ids_BT[0].tolist() == [*short.ids, *[0] * (len(long.ids) - size)]
     assert batch.mask_BT.sum(1).tolist() == [size, len(long.ids)]
     assert batch.mask_BT[0, :size].all()
-    assert batch.labels_BT[0, size - 1] == pad
+    assert batch.labels_BT[0, size - 1] == end
     assert (batch.labels_BT[0, size:] == IGNORED).all()
     assert batch.labels_BT[1].tolist() == list(long.labels)
     assert batch.ids_BT.dtype == torch.int64

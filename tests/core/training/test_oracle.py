@@ -111,13 +111,13 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_logits(request_: TrainRe
     from peft import PeftModel
 
     job = prepare(request_)
-    batch = data.collate(job.heldout, data.pad_id(job.tokenizer))
+    batch = data.collate(job.heldout)
     plain = bases.load_model(request_.model, dtype=torch.float32, device="cpu", attention="eager")
     before = plain(batch.ids_BT, attention_mask=batch.mask_BT).logits.detach()
     ours = create_lora_model(plain, request_)
     engine = Engine(ours, job.request, job.placement, job.work.steps)
     for step in range(job.work.steps):
-        engine.step(step, [data.collate(job.step_rows(step), data.pad_id(job.tokenizer))])
+        engine.step(step, [job.step_rows(step)])
     ours.eval()
     base = bases.load_model(request_.model, dtype=torch.float32, device="cpu", attention="eager")
     with quiet_peft():
@@ -138,7 +138,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(request_: TrainReq
     def step(groups: list[list[data.TokenRow]]) -> tuple[float, dict[str, torch.Tensor]]:
         base = bases.load_model(request_.model, dtype=torch.float32, device="cpu", attention="eager")
         engine = Engine(create_lora_model(base, request_), replace(job.request, warmup_steps=0), job.placement, 10)
-        outcome = engine.step(0, [data.collate(group, 2) for group in groups])
+        outcome = engine.step(0, groups)
         return outcome.loss, engine.parameters
 
     whole_loss, whole = step([rows])
