@@ -8,9 +8,9 @@
 gets a Python of its own. A side is named tool:batch:precision. Every side trains the same adapter at the same learning
 rate with a linear schedule, and is judged on every held-out row. With ``--max-steps`` only rates are measured.
 
-The limit is the time that the step's matrix products alone would take, each measured at its own shape: forward and, through the
-frozen weights, backward, for every token that rows hold, the head for the answer tokens. A step that computes a common
-beginning once can go beyond it.
+The limit is the time that the step's matrix products alone would take, each measured at its own shape: forward and,
+through the frozen weights, backward, for every token that rows hold, the head for the answer tokens. A step that
+computes a common beginning once can go beyond it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def product_limit(arguments: argparse.Namespace, precision: str) -> dict[str, An
     )
     tokens, answers = sum(len(row.ids) for row in rows), sum(row.answer_tokens for row in rows)
     shapes: dict[tuple[int, int], float] = {}
-    layers = [layer.weight for name, layer in model.named_modules() if type(layer) is torch.nn.Linear]
+    layers = [layer.weight for layer in model.modules() if type(layer) is torch.nn.Linear]
     head = model.get_output_embeddings().weight
     seconds = flops = 0.0
     for weight in layers:

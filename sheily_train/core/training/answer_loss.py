@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-_LOGITS_AT_ONCE = 8_388_608
+LOGITS_AT_ONCE = 8_388_608
 """Numbers of one chunk of logits: 170 tokens of a vocabulary of 49,152."""
 
 
@@ -30,7 +30,7 @@ class AnswerLoss(torch.autograd.Function):
         """Loss and, where it is wanted, the gradient at the hidden states, in one pass over chunks of tokens."""
         losses_A = torch.empty(len(targets_A), dtype=torch.float32, device=hidden_AD.device)
         gradient_AD = torch.empty_like(hidden_AD) if ctx.needs_input_grad[0] else None
-        size = max(1, _LOGITS_AT_ONCE // len(weight_VD))
+        size = max(1, LOGITS_AT_ONCE // len(weight_VD))
         for start in range(0, len(targets_A), size):
             chunk = slice(start, start + size)
             targets = targets_A[chunk, None]

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens (padded), as suffixes of tensor names.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -198,10 +199,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id)
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     """A permutation of ``range(count)`` that depends on the seed and the epoch alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    return tuple(torch.randperm(count, generator=generator).tolist())
 
 
 def split_by_tokens(rows: Sequence[TokenRow], max_tokens: int) -> list[list[TokenRow]]:

@@ -65,6 +65,7 @@ class PackedForward:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._config, self._placement = causal.config, placement
         self._decoder, self._head = causal.get_decoder(), causal.get_output_embeddings()
+        self._device = next(causal.parameters()).device
         self._layers = lora_layers(model)
         self._softcap = getattr(causal.config, "final_logit_softcapping", None)
         self._draws = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
@@ -72,7 +73,7 @@ class PackedForward:
 
     def losses(self, groups: Sequence[Sequence[TokenRow]], names: Sequence[str] = ("default",)) -> torch.Tensor:
         """As :meth:`Forward.losses`."""
-        packed = pack(groups, self._placement.device, share=not (self._draws and self._decoder.training))
+        packed = pack(groups, self._device, share=not (self._draws and self._decoder.training))
         with (
             self._placement.autocast(),
             packed_attention(self._config, self._placement.attention),

@@ -15,6 +15,7 @@ from sheily_train.core.branches.examples import Example
 from sheily_train.core.training import adapters, bases, budget, data, hardware
 from sheily_train.core.training.budget import Shape, Workload
 from sheily_train.core.training.data import TokenRow
+from sheily_train.core.training.forward import PACKED_MODELS
 from sheily_train.core.training.hardware import Machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
@@ -24,7 +25,7 @@ from sheily_train.errors import DataError, ResourceError
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _STATE_VERSION = 2
 """Raised when a checkpoint of the code before can no longer be continued to the same bits."""
@@ -86,10 +87,7 @@ class Job:
 
     def step_rows(self, step: int) -> list[TokenRow]:
         """The rows of optimizer step ``step`` (from 0)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = data.epoch_order(len(self.rows), self.request.seed, epoch)
-        size = self.request.examples_per_step
-        return [self.rows[index] for index in order[within * size : (within + 1) * size]]
+        return _step_rows(self.rows, self.request, step)
 
     def facts(self) -> dict[str, Any]:
         """What the first lines of a run tell, ready for JSON."""
@@ -156,7 +154,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
     rows = data.tokenize(training, tokenizer, template=request.template, max_length=request.max_length)
     judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
-    shape, trainable = _measure(config, request)
+    model, shape, trainable = _measure(config, request)
     work = budget.workload(
         rows,
         judged,
@@ -182,14 +180,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
         placement=placement,
         shape=shape,
         work=work,
-        memory=budget.memory_needed(
-            shape,
-            work,
-            method=placement.method,
-            precision=placement.precision,
-            attention=placement.attention,
-            micro_tokens=placement.micro_tokens,
-        ),
+        memory=_expected_memory(model, shape, work, rows, request, placement),
         memory_free=machine.cuda_free if placement.device == "cuda" else machine.memory_free,
         disk=budget.disk_needed(shape, work, placement.method),
         disk_free=hardware.free_disk(request.model_folder),
@@ -223,11 +214,50 @@ def _longest_allowed(request: TrainRequest, config: PretrainedConfig) -> int:
     return min(request.max_length, limit) if limit else request.max_length
 
 
-def _measure(config: PretrainedConfig, request: TrainRequest) -> tuple[Shape, int]:
-    """The base's shape and the number of parameters to train, from a model without weights."""
+def _measure(config: PretrainedConfig, request: TrainRequest) -> tuple[PreTrainedModel, Shape, int]:
+    """The model without weights, with its adapter; the base's shape; the number of parameters to train."""
     model = budget.meta_model(config)
     shape = budget.model_shape(model)
     if not request.uses_adapter:
-        return shape, shape.parameters
-    adapted = adapters.create_lora_model(model, request)
-    return shape, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        return model, shape, shape.parameters
+    adapted: Any = adapters.create_lora_model(model, request)
+    return adapted, shape, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _expected_memory(
+    model: PreTrainedModel,
+    shape: Shape,
+    work: Workload,
+    rows: Sequence[TokenRow],
+    request: TrainRequest,
+    placement: Placement,
+) -> int:
+    """Bytes: counted where the packed way is taken with an adapter, by the rule of thumb elsewhere."""
+    if placement.method != "lora" or model.config.model_type not in PACKED_MODELS:
+        return budget.memory_needed(
+            shape,
+            work,
+            method=placement.method,
+            precision=placement.precision,
+            attention=placement.attention,
+            micro_tokens=placement.micro_tokens,
+        )
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(placement.base_dtype)
+    per_epoch = budget.steps_per_epoch(len(rows), request.examples_per_step)
+    groups = [
+        group
+        for step in range(min(work.steps, per_epoch))
+        for group in data.split_by_tokens(_step_rows(rows, request, step), placement.micro_tokens)
+    ]
+    largest = max(groups, key=lambda group: len(group[0].ids) * len(group))
+    return budget.counted_memory(model.train(), largest, placement)
+
+
+def _step_rows(rows: Sequence[TokenRow], request: TrainRequest, step: int) -> list[TokenRow]:
+    """The rows of optimizer step ``step`` (from 0)."""
+    size = request.examples_per_step
+    epoch, within = divmod(step, budget.steps_per_epoch(len(rows), size))
+    order = data.epoch_order(len(rows), request.seed, epoch)
+    return [rows[index] for index in order[within * size : (within + 1) * size]]
