@@ -180,8 +180,7 @@ def main() -> None:
     print("razones: " + " · ".join(f"{name} {value}" for name, value in ratios.items()))
     result = {
         "date": f"{date.today()}",
-        "command": f"lora_speed.py --branch {arguments.branch} --r {arguments.r} --targets {arguments.targets} "
-        f"--lr {arguments.lr} --max-steps {arguments.max_steps}",
+        "command": " ".join(["lora_speed.py", *(word.rpartition("/")[2] for word in sys.argv[1:])]),
         "machine": fingerprint("cpu"),
         "rows": rows,
         "limit": limit,

@@ -50,14 +50,15 @@ def attend(
     query_BKGTD = _rows(query, pack.nodes_BT, kv_heads)
     key_BK1TD, value_BK1TD = (_rows(states.to(value.dtype), pack.nodes_BT, kv_heads) for states in (key, value))
     if fused and softcap is None and sliding_window is None:
-        output_BKGTD = functional.scaled_dot_product_attention(
-            query_BKGTD,
-            key_BK1TD.expand_as(query_BKGTD),
-            value_BK1TD.expand_as(query_BKGTD),
+        output_BHTD = functional.scaled_dot_product_attention(  # its kernels want four dimensions
+            query_BKGTD.flatten(1, 2),
+            key_BK1TD.expand_as(query_BKGTD).flatten(1, 2),
+            value_BK1TD.expand_as(query_BKGTD).flatten(1, 2),
             dropout_p=dropout,
             is_causal=True,
             scale=scaling,
         )
+        output_BKGTD = output_BHTD.unflatten(1, query_BKGTD.shape[1:3])
     else:
         output_BKGTD = _eager(query_BKGTD, key_BK1TD, value_BK1TD, scaling, dropout, softcap, sliding_window)
     output = output_BKGTD.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
