@@ -58,7 +58,7 @@ def attend(
             is_causal=True,
             scale=scaling,
         )
-        output_BKGTD = output_BHTD.unflatten(1, query_BKGTD.shape[1:3])
+        output_BKGTD = output_BHTD.reshape(query_BKGTD.shape)
     else:
         output_BKGTD = _eager(query_BKGTD, key_BK1TD, value_BK1TD, scaling, dropout, softcap, sliding_window)
     output = output_BKGTD.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
