@@ -1,8 +1,8 @@
 """LoRA fine-tuning of one branch, ours against other trainers, in turn in one run, and against the machine's products.
 
     python benchmarks/lora_speed.py --branches-dir DIR --peers peers.py [--branch physics] [--max-steps N]
-        [--tool seed:4:fp32 --tool peft:16:fp32 --tool trl:8:fp32 …] [--ours 32 …] [--r 8 --targets q_proj,v_proj]
-        [--python-for trl=PATH …]
+        [--tool seed:4:fp32 --tool peft:16:fp32 --tool trl:8:fp32 …] [--ours ours:32:fp32 …]
+        [--r 8 --targets q_proj,v_proj] [--python-for trl=PATH …]
 
 ``peers.py TOOL`` trains the same rows with another tool and prints one JSON line; a tool that needs packages of its own
 gets a Python of its own. A side is named tool:batch:precision. Every side trains the same adapter at the same learning

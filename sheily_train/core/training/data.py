@@ -206,11 +206,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(torch.randperm(count, generator=generator).tolist())
 
 
+def padded_size(rows: Sequence[TokenRow]) -> int:
+    """Tokens of rows that are sorted longest first, when each is padded to the first."""
+    return len(rows[0].ids) * len(rows)
+
+
 def split_by_tokens(rows: Sequence[TokenRow], max_tokens: int) -> list[list[TokenRow]]:
     """The rows, longest first, in groups whose padded size is at most ``max_tokens`` (or that hold a single row)."""
     groups: list[list[TokenRow]] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if groups and len(groups[-1][0].ids) * (len(groups[-1]) + 1) <= max_tokens:
+        if groups and padded_size(groups[-1]) + len(groups[-1][0].ids) <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

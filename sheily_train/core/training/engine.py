@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sheily_train.core.training.data import TokenRow
-from sheily_train.core.training.forward import Forward, choose_forward
+from sheily_train.core.training.data import TokenRow, split_by_tokens
+from sheily_train.core.training.forward import choose_forward
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import TrainingError
 from sheily_train.i18n import _
@@ -169,14 +169,12 @@ class Engine:
         return self.scaler.state_dict()
 
 
-def mean_loss(model: torch.nn.Module, forward: Forward, groups: Iterable[Sequence[TokenRow]]) -> float:
-    """Mean answer loss (nats per answer token) of groups of rows, without training."""
+def mean_loss(model: torch.nn.Module, rows: Sequence[TokenRow], placement: Placement) -> float:
+    """Mean answer loss (nats per answer token) of rows, without training."""
+    forward = choose_forward(model, placement)
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
     with torch.no_grad():
-        for rows in groups:
-            total += forward.losses([rows]).item()
-            count += sum(row.answer_tokens for row in rows)
+        total = sum(forward.losses([group]).item() for group in split_by_tokens(rows, placement.micro_tokens))
     model.train(was_training)
-    return total / count
+    return total / sum(row.answer_tokens for row in rows)

@@ -17,9 +17,8 @@ from sheily_train.core.branches import catalog
 from sheily_train.core.branches.examples import RowFormat, Turn, read_examples
 from sheily_train.core.training import bases, specialist
 from sheily_train.core.training.adapters import quiet_peft
-from sheily_train.core.training.data import TokenRow, pad_id, render_prompt, split_by_tokens, tokenize
+from sheily_train.core.training.data import TokenRow, pad_id, render_prompt, tokenize
 from sheily_train.core.training.engine import mean_loss
-from sheily_train.core.training.forward import choose_forward
 from sheily_train.core.training.training_router import Placement, place_for_inference
 from sheily_train.errors import BaseModelError, DataError, TrainingError
 from sheily_train.i18n import _
@@ -48,7 +47,7 @@ def evaluate_rows(model: torch.nn.Module, rows: Sequence[TokenRow], placement: P
     """The loss on ``rows``, or ``None`` when there are none."""
     if not rows:
         return None
-    loss = mean_loss(model, choose_forward(model, placement), split_by_tokens(rows, placement.micro_tokens))
+    loss = mean_loss(model, rows, placement)
     if not math.isfinite(loss):
         raise TrainingError(_("La pérdida sobre los ejemplos reservados no es un número ({loss}).").format(loss=loss))
     return HeldOut(loss)
@@ -137,8 +136,7 @@ def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
 
 def held_out_loss(loaded: Specialist, rows: Sequence[TokenRow]) -> HeldOut:
     """The loss of a loaded model on rows, measured now."""
-    groups = split_by_tokens(rows, loaded.placement.micro_tokens)
-    return HeldOut(mean_loss(loaded.model, choose_forward(loaded.model, loaded.placement), groups))
+    return HeldOut(mean_loss(loaded.model, rows, loaded.placement))
 
 
 def ask_specialist(

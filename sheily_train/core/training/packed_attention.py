@@ -95,7 +95,7 @@ def _eager(
     return (shares @ value).view(query_BKGTD.shape[:4] + value.shape[-1:])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4)  # the layers of one pass share it, and long rows make it large
 def _causal_mask(
     tokens: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -108,13 +108,18 @@ def _causal_mask(
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).repeat(groups, 1)
 
 
-@contextlib.contextmanager
-def packed_attention(config: Any, attention: str) -> Iterator[None]:
-    """Let a model with this configuration attend over packs, ``eager`` or ``sdpa``, as long as the context lasts."""
+@functools.cache
+def _register() -> None:
     from transformers import AttentionInterface
 
     for kind, name in IMPLEMENTATIONS.items():
         AttentionInterface.register(name, functools.partial(attend, fused=kind == "sdpa"))
+
+
+@contextlib.contextmanager
+def packed_attention(config: Any, attention: str) -> Iterator[None]:
+    """Let a model with this configuration attend over packs, ``eager`` or ``sdpa``, as long as the context lasts."""
+    _register()
     before = config._attn_implementation
     config._attn_implementation = IMPLEMENTATIONS[attention]
     try:

@@ -28,7 +28,6 @@ class Pack(NamedTuple):
         sources_A, targets_A: the node after which an answer token is foretold, and that token.
         node_bounds: the first node of each group, and N.
         answers: answer tokens of each group.
-        tokens: tokens of each group's rows, shared ones counted in every row.
     """
 
     ids_N: torch.Tensor
@@ -39,7 +38,6 @@ class Pack(NamedTuple):
     targets_A: torch.Tensor
     node_bounds: tuple[int, ...]
     answers: tuple[int, ...]
-    tokens: tuple[int, ...]
 
 
 def pack(groups: Sequence[Sequence[TokenRow]], device: str | torch.device = "cpu", *, share: bool = True) -> Pack:
@@ -52,6 +50,7 @@ def pack(groups: Sequence[Sequence[TokenRow]], device: str | torch.device = "cpu
     """
     ids: list[int] = []
     positions: list[int] = []
+    first_rows: list[int] = []
     paths: list[list[int]] = []
     sources: list[int] = []
     targets: list[int] = []
@@ -67,6 +66,7 @@ def pack(groups: Sequence[Sequence[TokenRow]], device: str | torch.device = "cpu
                 if node == len(ids):
                     ids.append(token)
                     positions.append(position)
+                    first_rows.append(len(paths))
                 path.append(node)
                 parent = node
             for position, label in enumerate(row.labels[1:]):
@@ -79,11 +79,6 @@ def pack(groups: Sequence[Sequence[TokenRow]], device: str | torch.device = "cpu
         bounds.append(len(ids))
         answer_bounds.append(len(targets))
     longest = max(map(len, paths))
-    places = [-1] * len(ids)
-    for row_index, path in enumerate(paths):
-        for position, node in enumerate(path):
-            if places[node] < 0:
-                places[node] = row_index * longest + position
 
     def tensor(values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -93,10 +88,9 @@ def pack(groups: Sequence[Sequence[TokenRow]], device: str | torch.device = "cpu
         tensor(ids),
         tensor(positions),
         tensor([[*path, *[0] * (longest - len(path))] for path in paths]),
-        tensor(places),
+        tensor([row * longest + position for row, position in zip(first_rows, positions, strict=True)]),
         tensor(sources),
         tensor(targets),
         tuple(bounds),
         answers,
-        tuple(sum(len(row.ids) for row in rows) for rows in groups),
     )

@@ -251,7 +251,7 @@ def _expected_memory(
         for step in range(min(work.steps, per_epoch))
         for group in data.split_by_tokens(_step_rows(rows, request, step), placement.micro_tokens)
     ]
-    largest = max(groups, key=lambda group: len(group[0].ids) * len(group))
+    largest = max(groups, key=data.padded_size)
     return budget.counted_memory(model.train(), largest, placement)
 
 

@@ -212,7 +212,7 @@ class _Training:
                 if not hardware.is_out_of_memory(error) or len(groups) == len(rows):
                     raise
             self.engine.drop_gradients()
-            self.progress.micro_tokens = max(len(group[0].ids) * len(group) for group in groups) // 2
+            self.progress.micro_tokens = max(map(data.padded_size, groups)) // 2
             self._note(
                 _("Se acabó la memoria en el paso {step}: se repite con {tokens} tokens a la vez.").format(
                     step=self.progress.step + 1, tokens=self.progress.micro_tokens
