@@ -26,6 +26,11 @@ SHEILY_WORKER = [
 ]
 
 
+def _hear_hang_ups() -> None:
+    """Undo what nohup leaves to its children: a worker rightly lets an ignored hang-up be."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Process:
     """A real ``sheily worker``, and what it has said so far."""
 
@@ -37,6 +42,7 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+            preexec_fn=_hear_hang_ups,
         )
         self.said = ""
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
