@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -80,6 +82,14 @@ def test_peak_memory_is_the_most_ever_held() -> None:
     assert held <= peak * 1.01
     assert peak < 100 * held
     assert hardware.peak_memory() >= peak
+
+
+def test_peak_memory_is_this_process_own() -> None:
+    """A small process that a large one starts does not count what the large one held."""
+    block = b"x" * 1_000_000_000
+    program = "from sheily_train.core.training.hardware import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(block)
 
 
 def test_free_disk_is_that_of_the_folder_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
