@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from tests.forks import Forks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of the hub start processes that say otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -65,6 +68,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts real processes of ``sheily`` that need not load what they need."""
+    with Forks(tmp_path_factory.mktemp("forks")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

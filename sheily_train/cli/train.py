@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import Field
+from dataclasses import Field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,8 @@ def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: b
     from sheily_train.tools.monitoring.terminal import view_for
 
     several = len(requests) > 1
+    if report_to:
+        requests = [replace(request, together=1) for request in requests]  # a panel takes one run at a time
     log = new_log() if several else None
     with view_for(sys.stdout, quiet=quiet, several=several) as view:
         listeners = (view, *([_tracker(report_to)] if report_to else []))

@@ -216,12 +216,12 @@ def test_a_misspelt_branch_leaves_nothing_behind(run: Run, home: Path) -> None:
 
 def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody foresaw is told in one line; several branches go on after it."""
-    from sheily_train.core.training import trainer
+    from sheily_train.core.training import shared_base
 
     def broken(*_words: object, **_more: object) -> None:
         raise ZeroDivisionError("prueba\nlarga")
 
-    monkeypatch.setattr(trainer, "create_lora_model", broken)
+    monkeypatch.setattr(shared_base, "create_lora_model", broken)
     code, _out, error = run("train", "--all", "--lora")
     assert code == 1
     assert error.count("Fallo inesperado: ZeroDivisionError: prueba larga") == 2

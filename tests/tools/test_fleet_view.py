@@ -14,8 +14,9 @@ def start(branch: str) -> dict[str, Any]:
     return {"event": "start", "branch": branch, "step": 0, "steps": 24}
 
 
-def timing(step: int) -> dict[str, Any]:
-    return {"event": "timing", "step": step, "steps": 24, "tokens_per_second": 512.3, "eta_seconds": 75.0}
+def timing(branch: str, step: int) -> dict[str, Any]:
+    rates = {"tokens_per_second": 512.3, "eta_seconds": 75.0}
+    return {"event": "timing", "branch": branch, "step": step, "steps": 24, **rates}
 
 
 def ended(branch: str, state: str, **more: Any) -> dict[str, Any]:
@@ -37,13 +38,22 @@ def last_table(*records: dict[str, Any], names: tuple[str, ...] = ("art", "music
 
 def test_the_table_tells_each_branch_state_loss_rate_and_time_left() -> None:
     """One has ended, one is at work, one waits; below, how many have ended and how long the rest may take."""
-    step = {"event": "step", "step": 7, "loss": 2.5}
-    told = last_table(start("art"), ended("art", "trained"), start("music"), step, timing(7))
+    step = {"event": "step", "branch": "music", "step": 7, "loss": 2.5}
+    told = last_table(start("art"), ended("art", "trained"), start("music"), step, timing("music", 7))
     _head, art, music, physics, summary = told.strip().splitlines()
     assert art.split() == ["art", "entrenada", "3.4000", "→", "2.6000", "200"]
     assert re.split(r"\s{2,}", music.strip()) == ["music", "paso 7/24", "2.5000", "512", "1 min 15 s"]
     assert physics.split() == ["physics", "en", "espera"]
     assert summary == "1 de 3 ramas; quedan unos 20 s"
+
+
+def test_branches_side_by_side_have_a_row_each_that_moves() -> None:
+    """What is told of one changes no other's row."""
+    losses = [{"event": "step", "branch": name, "loss": loss} for name, loss in (("art", 2.5), ("music", 3.5))]
+    told = last_table(start("art"), start("music"), *losses, timing("art", 7), timing("music", 8))
+    _head, art, music, *_rest = told.strip().splitlines()
+    assert re.split(r"\s{2,}", art.strip())[:3] == ["art", "paso 7/24", "2.5000"]
+    assert re.split(r"\s{2,}", music.strip())[:3] == ["music", "paso 8/24", "3.5000"]
 
 
 def test_what_failed_says_why_and_what_is_current_says_so() -> None:

@@ -40,6 +40,7 @@ def step(number: int) -> dict[str, Any]:
 def timing(number: int, seconds: float, steps: int = 24) -> dict[str, Any]:
     return {
         "event": "timing",
+        "branch": "physics",
         "step": number,
         "steps": steps,
         "seconds": seconds,
@@ -104,6 +105,19 @@ def test_plain_lines_are_told_at_once_and_rates_every_ten_seconds() -> None:
         view(timing(2, 2.0, steps=6))
     told = [line.partition(":")[0] for line in stream.getvalue().splitlines()]
     assert told == ["Paso 3/6", "Paso 5/6", "Paso 6/6", "Una nota con [corchetes].", "Paso 1/6"]
+
+
+def test_plain_lines_of_several_branches_begin_with_their_names() -> None:
+    """So that those of branches side by side can be told apart; the seconds between rates are each one's own."""
+    stream = StringIO()
+    with PlainView(stream, several=True) as view:
+        for branch in ("music", "physics"):
+            view(NOTE | {"branch": branch})
+            view(timing(3, 10.0) | {"branch": branch})
+    told = [line.split(":")[:2] for line in stream.getvalue().splitlines()]
+    assert told == [
+        [branch, told] for branch in ("music", "physics") for told in (" Una nota con [corchetes].", " Paso 3/24")
+    ]
 
 
 def test_the_silent_view_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

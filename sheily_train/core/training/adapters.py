@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftModel:
-    """Freeze ``model`` and put a LoRA adapter on it, drawn from the request's seed.
+LONE_ADAPTER = "default"
+"""What PEFT calls an adapter that is the only one."""
+
+
+def adapter_names(count: int) -> list[str]:
+    """What adapters that share a base are called; the first one like a lone one."""
+    return [LONE_ADAPTER, *(f"{LONE_ADAPTER}{number}" for number in range(1, count))]
+
+
+def create_lora_model(model: PreTrainedModel, request: TrainRequest, count: int = 1) -> PeftModel:
+    """Freeze ``model`` and put ``count`` equal LoRA adapters on it, each drawn from the request's seed.
 
     The adapter's weights are float32 whatever the base's type. Raises :class:`RequestError` when the model has no layer
     of the names in ``--lora-targets``.
@@ -29,10 +38,13 @@ def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftMode
     config = lora_config(model, request)
     if getattr(model, "is_quantized", False):  # pragma: no cover - needs CUDA
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    torch.manual_seed(request.seed)
     try:
         with quiet_peft():
-            return peft.get_peft_model(model, config)
+            torch.manual_seed(request.seed)
+            adapted = peft.get_peft_model(model, config)
+            for name in adapter_names(count)[1:]:
+                torch.manual_seed(request.seed)
+                adapted.add_adapter(name, config)
     except ValueError as error:
         raise RequestError(
             _("--lora-targets {targets}: el modelo no tiene capas con esos nombres.").format(
@@ -40,6 +52,10 @@ def create_lora_model(model: PreTrainedModel, request: TrainRequest) -> PeftMode
             ),
             mend=_("Sus capas lineales son: {names}.").format(names=", ".join(_linear_names(model))),
         ) from error
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:  # PEFT trains the first one only
+            parameter.requires_grad_(True)
+    return adapted
 
 
 def without_adapter(model: PeftModel) -> PreTrainedModel:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sheily_train.core.training.adapters import adapter_names
 from sheily_train.core.training.answer_loss import LOGITS_AT_ONCE
-from sheily_train.core.training.data import TokenRow
+from sheily_train.core.training.data import Pass, TokenRow
 from sheily_train.core.training.forward import choose_forward
 
 if TYPE_CHECKING:
@@ -143,24 +144,24 @@ def memory_needed(
     return int(_PROCESS_BYTES + weights + tokens * (shape.layers * per_layer + adapters + answer_share * logits))
 
 
-def counted_memory(adapted: PreTrainedModel, rows: Sequence[TokenRow], placement: Placement) -> int:
-    """Expected peak bytes of training an adapter on packed rows, counted on the model itself without weights.
+def counted_memory(adapted: PreTrainedModel, pieces: Pass, placement: Placement) -> int:
+    """Expected peak bytes of training adapters on packed rows, counted on the model itself without weights.
 
     Args:
-        adapted: base and adapter on PyTorch's meta device, their parameters of the types they will have.
-        rows: the largest micro-batch.
+        adapted: base and adapters on PyTorch's meta device, their parameters of the types they will have.
+        pieces: the largest pass; its numbers are those of the adapters.
         placement: how it runs.
     """
     frozen = sum(parameter.nbytes for parameter in adapted.parameters() if not parameter.requires_grad)
     trained = sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
     vocabulary = adapted.config.get_text_config().vocab_size
-    logits = min(LOGITS_AT_ONCE, vocabulary * sum(row.answer_tokens for row in rows))
-    kept = _kept_for_backward(adapted, rows, placement) * (1 + _BACKWARD_SHARE)
+    logits = min(LOGITS_AT_ONCE, vocabulary * sum(row.answer_tokens for _number, rows in pieces for row in rows))
+    kept = _kept_for_backward(adapted, pieces, placement) * (1 + _BACKWARD_SHARE)
     return int(_PROCESS_BYTES + frozen + 4 * trained + kept + logits * (4 + 2 * _WIDTH[placement.precision]))
 
 
-def _kept_for_backward(model: PreTrainedModel, rows: Sequence[TokenRow], placement: Placement) -> int:
-    """Bytes that a pass over ``rows`` keeps for its backward pass, beside the parameters."""
+def _kept_for_backward(model: PreTrainedModel, pieces: Pass, placement: Placement) -> int:
+    """Bytes that a pass keeps for its backward pass, beside the parameters."""
     import torch
 
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -172,8 +173,11 @@ def _kept_for_backward(model: PreTrainedModel, rows: Sequence[TokenRow], placeme
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    numbers, groups = zip(*pieces, strict=True)
+    names = adapter_names(1 + max(numbers))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = choose_forward(model, placement).losses([rows])  # it holds what was kept until it is counted
+        # the loss holds what was kept until it is counted
+        loss = choose_forward(model, placement).losses(groups, [names[number] for number in numbers])
     total = sum(kept.values())
     del loss
     return total

@@ -67,11 +67,26 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
     for candidate in reversed(_folders(folder)):
         if _verifies(candidate):
             state = json.loads((candidate / _STATE).read_text(encoding="utf-8"))
-            return Checkpoint(
-                int(candidate.name.removeprefix("step-")), load_file(candidate / _TENSORS), state
-            ), damaged
+            return Checkpoint(_step(candidate), load_file(candidate / _TENSORS), state), damaged
         damaged.append(candidate)
     return None, damaged
+
+
+def steps_to_go_on_from(folder: Path) -> set[int]:
+    """The steps whose checkpoints verify, and 0 as long as none has been dropped."""
+    folders = _folders(folder)
+    return {_step(path) for path in folders if _verifies(path)} | ({0} if len(folders) < _KEPT else set())
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for path in _folders(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _verifies(folder: Path) -> bool:

@@ -27,18 +27,21 @@ class Clock:
         self._first_step = self._step = step
         self._steps = steps
         self._save_steps, self._save_seconds = save_steps, save_minutes * 60
-        self._started = self._saved = self._timed = time.monotonic()
+        self._started = self._saved = self._timed = self._counted = time.monotonic()
         self._saved_step = step
         self._writing = 0.0
         self._tokens = self._examples = 0
+        self._share = 1.0
 
     @property
     def seconds(self) -> float:
-        """Seconds of training over all sittings."""
-        return self._seconds_before + time.monotonic() - self._started
+        """Seconds of training over all sittings; of time that several branches shared, this one's part."""
+        return self._seconds_before + self._share * (time.monotonic() - self._counted)
 
-    def count(self, tokens: int, examples: int) -> None:
-        """One more step is done."""
+    def count(self, tokens: int, examples: int, share: float = 1.0) -> None:
+        """One more step is done; ``share`` of it was this branch's."""
+        self._share = share
+        self._seconds_before, self._counted = self.seconds, time.monotonic()
         self._step += 1
         self._tokens += tokens
         self._examples += examples

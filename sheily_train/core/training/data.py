@@ -207,8 +207,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def padded_size(rows: Sequence[TokenRow]) -> int:
-    """Tokens of rows that are sorted longest first, when each is padded to the first."""
-    return len(rows[0].ids) * len(rows)
+    """Tokens of rows when each is padded to the longest."""
+    return max(len(row.ids) for row in rows) * len(rows)
 
 
 def split_by_tokens(rows: Sequence[TokenRow], max_tokens: int) -> list[list[TokenRow]]:
@@ -220,6 +220,28 @@ def split_by_tokens(rows: Sequence[TokenRow], max_tokens: int) -> list[list[Toke
         else:
             groups.append([row])
     return groups
+
+
+Pass = list[tuple[int, list[TokenRow]]]
+"""What goes through a model at once: rows, each group of them with the number of the batch it comes from."""
+
+
+def split_into_passes(batches: Sequence[Sequence[TokenRow]], max_tokens: int) -> list[Pass]:
+    """The rows of batches, in passes whose padded size is at most ``max_tokens`` (or that hold a single row)."""
+    passes: list[Pass] = []
+    for number, batch in enumerate(batches):
+        for rows in split_by_tokens(batch, max_tokens):
+            piece = (number, rows)
+            if len(batches) > 1 and passes and pass_size([*passes[-1], piece]) <= max_tokens:
+                passes[-1].append(piece)
+            else:
+                passes.append([piece])
+    return passes
+
+
+def pass_size(pieces: Pass) -> int:
+    """Tokens of a pass when each row is padded to the longest."""
+    return padded_size([row for _number, rows in pieces for row in rows])
 
 
 def collate(rows: Sequence[TokenRow], device: str | torch.device = "cpu") -> Batch:

@@ -1,4 +1,8 @@
-"""One optimizer step: micro-batches in, loss and gradient norm out. Everything random in it depends on (seed, step)."""
+"""One optimizer step: rows in, loss and gradient norm out. Everything random in it depends on (seed, step).
+
+Engines whose adapters lie on one base can take their steps together: each row passes through its own adapter, and each
+engine has its own loss, clipping, optimizer and schedule, as if it were alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sheily_train.core.training.data import TokenRow, split_by_tokens
+from sheily_train.core.training.adapters import LONE_ADAPTER
+from sheily_train.core.training.data import Pass, TokenRow, split_by_tokens
 from sheily_train.core.training.forward import choose_forward
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import TrainingError
@@ -72,12 +77,25 @@ class Engine:
         request: learning rate, schedule, clipping, weight decay, seed.
         placement: device and precision.
         total_steps: the length of the schedule.
+        adapter: the one to train, of those on ``model``; in ``parameters`` it is called like a lone one.
     """
 
-    def __init__(self, model: torch.nn.Module, request: TrainRequest, placement: Placement, total_steps: int) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        request: TrainRequest,
+        placement: Placement,
+        total_steps: int,
+        adapter: str = LONE_ADAPTER,
+    ) -> None:
+        self.model, self.adapter = model, adapter
         self.forward = choose_forward(model, placement)
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        others = {f".{name}." for name in getattr(model, "peft_config", {}) if name != adapter}
+        self.parameters = {
+            name.replace(f".{adapter}.", f".{LONE_ADAPTER}."): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not any(other in name for other in others)
+        }
         if not self.parameters:
             raise TrainingError(_("El modelo no tiene ningún parámetro entrenable."))
         self._request = request
@@ -94,41 +112,33 @@ class Engine:
         )
         self.scaler = torch.amp.GradScaler(placement.device, enabled=placement.precision == "fp16")
 
-    def step(self, step: int, groups: Sequence[Sequence[TokenRow]]) -> StepResult:
-        """Take optimizer step ``step`` (from 0) on micro-batches whose gradients add up to those of one large batch."""
-        torch.manual_seed(step_seed(self._request.seed, step))
-        answer_tokens = sum(row.answer_tokens for rows in groups for row in rows)
-        if answer_tokens == 0:
-            raise TrainingError(
-                _("El lote del paso {step} no contiene ningún token de respuesta.").format(step=step + 1)
-            )
-        self.model.train()
-        loss = sum(self._backward(rows, answer_tokens) for rows in groups) / answer_tokens
-        if not math.isfinite(loss):
-            raise _not_finite(_("La pérdida"), step, loss)
-        lr = self._request.learning_rate * schedule_factor(
+    def rate(self, step: int) -> float:
+        """The learning rate of ``step`` (from 0)."""
+        return self._request.learning_rate * schedule_factor(
             self._request.schedule, step, self._warmup, self._total_steps
         )
-        norm = self._update(step, lr)
-        return StepResult(loss, norm, lr, answer_tokens, sum(len(row.ids) for rows in groups for row in rows))
 
-    def _backward(self, rows: Sequence[TokenRow], answer_tokens: int) -> float:
-        loss_sum = self.forward.losses([rows])[0]
-        torch.autograd.backward(self.scaler.scale(loss_sum / answer_tokens))
-        return loss_sum.item()
+    def begin_step(self, step: int) -> None:
+        """Make everything random in ``step`` (from 0) depend on it and the seed alone."""
+        torch.manual_seed(step_seed(self._request.seed, step))
+        self.model.train()
 
-    def _update(self, step: int, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def clip(self, step: int) -> float:
+        """Clip the gradient that has been added up; returns its norm before. Raises when that is not a number."""
         self.scaler.unscale_(self.optimizer)
         limit = self._request.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise _not_finite(_("La norma del gradiente"), step, norm)
+        return norm
+
+    def update(self, step: int) -> None:
+        """Take the optimizer's step with the gradient that has been clipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def drop_gradients(self) -> None:
         """Forget what a step that did not end has added up."""
@@ -169,12 +179,64 @@ class Engine:
         return self.scaler.state_dict()
 
 
-def mean_loss(model: torch.nn.Module, rows: Sequence[TokenRow], placement: Placement) -> float:
-    """Mean answer loss (nats per answer token) of rows, without training."""
+def take_step(engines: Sequence[Engine], step: int, passes: Sequence[Pass]) -> list[StepResult]:
+    """Take optimizer step ``step`` (from 0) of every engine. No weight has changed when an error is raised.
+
+    Args:
+        engines: one, or several with adapters on one model.
+        step: the step's number.
+        passes: of :func:`~sheily_train.core.training.data.split_into_passes`; an engine's gradient is that of all its
+            rows as one batch.
+
+    Raises:
+        TrainingError: a batch without answers; a loss or gradient that is not a number.
+    """
+    pieces = [piece for whole in passes for piece in whole]
+    tokens = [
+        sum(len(row.ids) for at, rows in pieces if at == number for row in rows) for number in range(len(engines))
+    ]
+    answers = [
+        sum(row.answer_tokens for at, rows in pieces if at == number for row in rows) for number in range(len(engines))
+    ]
+    if 0 in answers:
+        raise TrainingError(_("El lote del paso {step} no contiene ningún token de respuesta.").format(step=step + 1))
+    for engine in engines:
+        engine.begin_step(step)
+    sums = [0.0] * len(engines)
+    for whole in passes:
+        for (number, _rows), loss in zip(whole, add_gradients(engines, whole, answers), strict=True):
+            sums[number] += loss
+    losses = [loss / count for loss, count in zip(sums, answers, strict=True)]
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise _not_finite(_("La pérdida"), step, loss)
+    norms = [engine.clip(step) for engine in engines]
+    for engine in engines:
+        engine.update(step)
+    rates = [engine.rate(step) for engine in engines]
+    return [StepResult(*numbers) for numbers in zip(losses, norms, rates, answers, tokens, strict=True)]
+
+
+def add_gradients(engines: Sequence[Engine], pieces: Pass, answers: Sequence[int]) -> list[float]:
+    """Add the gradients of a pass up; each engine's loss is divided by its number of ``answers``. Returns the sums."""
+    numbers, groups = zip(*pieces, strict=True)
+    sums = engines[0].forward.losses(groups, [engines[number].adapter for number in numbers])
+    torch.autograd.backward(
+        [engines[number].scaler.scale(loss / answers[number]) for number, loss in zip(numbers, sums, strict=True)]
+    )
+    return [float(loss) for loss in sums.tolist()]
+
+
+def mean_loss(
+    model: torch.nn.Module, rows: Sequence[TokenRow], placement: Placement, adapter: str = LONE_ADAPTER
+) -> float:
+    """Mean answer loss (nats per answer token) of rows, through an adapter, without training."""
     forward = choose_forward(model, placement)
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        total = sum(forward.losses([group]).item() for group in split_by_tokens(rows, placement.micro_tokens))
+        total = sum(
+            forward.losses([group], [adapter]).item() for group in split_by_tokens(rows, placement.micro_tokens)
+        )
     model.train(was_training)
     return total / sum(row.answer_tokens for row in rows)

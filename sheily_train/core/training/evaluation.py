@@ -16,7 +16,7 @@ from sheily_train import paths
 from sheily_train.core.branches import catalog
 from sheily_train.core.branches.examples import RowFormat, Turn, read_examples
 from sheily_train.core.training import bases, specialist
-from sheily_train.core.training.adapters import quiet_peft
+from sheily_train.core.training.adapters import LONE_ADAPTER, quiet_peft
 from sheily_train.core.training.data import TokenRow, pad_id, render_prompt, tokenize
 from sheily_train.core.training.engine import mean_loss
 from sheily_train.core.training.training_router import Placement, place_for_inference
@@ -43,11 +43,13 @@ class HeldOut:
         return {"loss": self.loss, "perplexity": self.perplexity}
 
 
-def evaluate_rows(model: torch.nn.Module, rows: Sequence[TokenRow], placement: Placement) -> HeldOut | None:
-    """The loss on ``rows``, or ``None`` when there are none."""
+def evaluate_rows(
+    model: torch.nn.Module, rows: Sequence[TokenRow], placement: Placement, adapter: str = LONE_ADAPTER
+) -> HeldOut | None:
+    """The loss on ``rows`` through an adapter, or ``None`` when there are none."""
     if not rows:
         return None
-    loss = mean_loss(model, rows, placement)
+    loss = mean_loss(model, rows, placement, adapter)
     if not math.isfinite(loss):
         raise TrainingError(_("La pérdida sobre los ejemplos reservados no es un número ({loss}).").format(loss=loss))
     return HeldOut(loss)

@@ -1,4 +1,4 @@
-"""Several branches over one base, one after the other: a branch that fails does not stop the next."""
+"""Several branches over one base, side by side or one after the other: one that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sheily_train import paths
+from sheily_train.core.training.grouping import plan
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.shared_base import SharedBase
-from sheily_train.core.training.trainer import TrainingResult, train_model
-from sheily_train.errors import Interrupted, SheilyError, internal_error_text
+from sheily_train.core.training.trainer import TrainingResult, train_together
+from sheily_train.errors import SheilyError, internal_error_text
 from sheily_train.runlog import Listener, RunLog
 
 State = Literal["trained", "current", "failed"]
@@ -22,7 +23,7 @@ State = Literal["trained", "current", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one branch ended: with a result or with an error, and after how many seconds of this sitting."""
+    """How one branch ended: with a result or with an error; its part of the seconds that its group took by then."""
 
     branch: str
     result: TrainingResult | None
@@ -66,7 +67,8 @@ def train_branches(
     """Train each request's branch and yield how it ended. Only an interruption ends the whole.
 
     Args:
-        requests: one per branch; those with one base and one kind of adapter share it in memory.
+        requests: one per branch; those with one base share it in memory, and those that differ in their branch only
+            take their steps together where that is faster.
         log: the fleet's own log, one record per branch; none is written without it.
         listeners: called with every record of the fleet's log and of each branch's.
         fresh: train anew what is up to date.
@@ -88,25 +90,23 @@ def train_branches(
 
 def _train_each(requests: Sequence[TrainRequest], listeners: tuple[Listener, ...], fresh: bool) -> Iterator[Outcome]:
     shared = SharedBase()
-    for request in requests:
+    for group in plan(requests, fresh=fresh, shared=shared):
         begun = time.monotonic()
-        result, error = _train(request, listeners, fresh, shared)
-        yield Outcome(request.branch, result, error, time.monotonic() - begun)
+        for request, ended in train_together(group, listeners=listeners, fresh=fresh, shared=shared):
+            seconds = (time.monotonic() - begun) / len(group)
+            if isinstance(ended, Exception):
+                yield Outcome(request.branch, None, _told(ended), seconds)
+            else:
+                yield Outcome(request.branch, ended, None, seconds)
 
 
-def _train(
-    request: TrainRequest, listeners: tuple[Listener, ...], fresh: bool, shared: SharedBase
-) -> tuple[TrainingResult | None, SheilyError | None]:
-    try:
-        return train_model(request, listeners=listeners, fresh=fresh, shared=shared), None
-    except Interrupted:
-        raise
-    except SheilyError as error:
-        return None, error
-    except Exception as error:
-        unexpected = SheilyError(internal_error_text(error))
-        unexpected.__cause__ = error
-        return None, unexpected
+def _told(error: Exception) -> SheilyError:
+    """The error itself when it is meant for people, else one that says what happened."""
+    if isinstance(error, SheilyError):
+        return error
+    unexpected = SheilyError(internal_error_text(error))
+    unexpected.__cause__ = error
+    return unexpected
 
 
 def _now() -> str:

@@ -24,6 +24,10 @@ PACKED_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma
 class Forward(Protocol):
     """A model's way from rows to losses."""
 
+    @property
+    def takes_several(self) -> bool:
+        """Whether groups can pass through adapters of their own and each still get what it would get alone."""
+
     def losses(self, groups: Sequence[Sequence[TokenRow]], names: Sequence[str] = ("default",)) -> torch.Tensor:
         """Summed cross entropy (nats) of each group's answer tokens, float32 [G], with gradient.
 
@@ -42,6 +46,8 @@ def choose_forward(model: Any, placement: Placement) -> Forward:
 
 class PaddedForward:
     """The plain path, for any causal LM: rows padded to their longest, transformers' and PEFT's own layers."""
+
+    takes_several = False
 
     def __init__(self, model: Any, placement: Placement) -> None:
         self._model, self._placement = model, placement
@@ -70,6 +76,12 @@ class PackedForward:
         self._softcap = getattr(causal.config, "final_logit_softcapping", None)
         self._draws = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
         self._draws |= getattr(causal.config, "attention_dropout", 0.0) > 0
+
+    @property
+    def takes_several(self) -> bool:
+        """As :attr:`Forward.takes_several`: every adapter is plain LoRA, and nothing is drawn at random."""
+        adapted = sum(hasattr(layer, "lora_A") for layer in self._decoder.modules())
+        return 0 < adapted == len(self._layers) and not self._draws
 
     def losses(self, groups: Sequence[Sequence[TokenRow]], names: Sequence[str] = ("default",)) -> torch.Tensor:
         """As :meth:`Forward.losses`."""

@@ -15,7 +15,7 @@ from sheily_train.core.branches.examples import Example
 from sheily_train.core.training import adapters, bases, budget, data, hardware
 from sheily_train.core.training.budget import Shape, Workload
 from sheily_train.core.training.data import TokenRow
-from sheily_train.core.training.forward import PACKED_MODELS
+from sheily_train.core.training.forward import PACKED_MODELS, choose_forward
 from sheily_train.core.training.hardware import Machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
@@ -60,6 +60,7 @@ class Job:
         base: what the base model is.
         placement: where and how it runs.
         shape, work: the sizes behind the estimates.
+        takes_several: whether the model takes adapters of several branches at once.
         memory, memory_free, disk, disk_free: bytes.
     """
 
@@ -75,6 +76,7 @@ class Job:
     placement: Placement
     shape: Shape
     work: Workload
+    takes_several: bool
     memory: int
     memory_free: int
     disk: int
@@ -180,6 +182,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
         placement=placement,
         shape=shape,
         work=work,
+        takes_several=placement.method == "lora" and choose_forward(model, placement).takes_several,
         memory=_expected_memory(model, shape, work, rows, request, placement),
         memory_free=machine.cuda_free if placement.device == "cuda" else machine.memory_free,
         disk=budget.disk_needed(shape, work, placement.method),
@@ -214,13 +217,13 @@ def _longest_allowed(request: TrainRequest, config: PretrainedConfig) -> int:
     return min(request.max_length, limit) if limit else request.max_length
 
 
-def _measure(config: PretrainedConfig, request: TrainRequest) -> tuple[PreTrainedModel, Shape, int]:
-    """The model without weights, with its adapter; the base's shape; the number of parameters to train."""
+def _measure(config: PretrainedConfig, request: TrainRequest, count: int = 1) -> tuple[PreTrainedModel, Shape, int]:
+    """The model without weights, with ``count`` adapters; the base's shape; the number of parameters to train."""
     model = budget.meta_model(config)
     shape = budget.model_shape(model)
     if not request.uses_adapter:
         return model, shape, shape.parameters
-    adapted: Any = adapters.create_lora_model(model, request)
+    adapted: Any = adapters.create_lora_model(model, request, count)
     return adapted, shape, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
@@ -242,17 +245,26 @@ def _expected_memory(
             attention=placement.attention,
             micro_tokens=placement.micro_tokens,
         )
+    per_epoch = budget.steps_per_epoch(len(rows), request.examples_per_step)
+    return _counted(model, [[_step_rows(rows, request, step)] for step in range(min(work.steps, per_epoch))], placement)
+
+
+def memory_together(jobs: Sequence[Job]) -> int:
+    """Expected peak bytes of jobs that take their steps together over one base."""
+    request = jobs[0].request
+    model, _shape, _trainable = _measure(bases.load_config(request.model), request, len(jobs))
+    last = max(min(job.work.steps, job.steps_per_epoch) for job in jobs)
+    steps = [[job.step_rows(step) for job in jobs if step < job.work.steps] for step in range(last)]
+    return _counted(model, steps, jobs[0].placement)
+
+
+def _counted(model: PreTrainedModel, steps: Sequence[Sequence[Sequence[TokenRow]]], placement: Placement) -> int:
+    """Expected peak bytes of steps, each of which takes a batch of every branch."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(placement.base_dtype)
-    per_epoch = budget.steps_per_epoch(len(rows), request.examples_per_step)
-    groups = [
-        group
-        for step in range(min(work.steps, per_epoch))
-        for group in data.split_by_tokens(_step_rows(rows, request, step), placement.micro_tokens)
-    ]
-    largest = max(groups, key=data.padded_size)
-    return budget.counted_memory(model.train(), largest, placement)
+    passes = [whole for batches in steps for whole in data.split_into_passes(batches, placement.micro_tokens)]
+    return budget.counted_memory(model.train(), max(passes, key=data.pass_size), placement)
 
 
 def _step_rows(rows: Sequence[TokenRow], request: TrainRequest, step: int) -> list[TokenRow]:

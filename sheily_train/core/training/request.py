@@ -69,6 +69,12 @@ class TrainRequest:
     micro_tokens: int = _setting(
         0, _("Tokens que pasan juntos por el modelo; 0: según la memoria libre."), low=0, decides_weights=False
     )
+    together: int = _setting(
+        0,
+        _("Ramas que se entrenan a la vez sobre una base; 0: se mide qué es más rápido."),
+        low=0,
+        decides_weights=False,
+    )
     lr: float | None = _setting(
         None, _("Tasa de aprendizaje; por defecto 1e-3 con LoRA y 5e-5 sin él."), "--learning-rate", above=0
     )

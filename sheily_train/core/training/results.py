@@ -53,11 +53,22 @@ class Metrics:
         }
 
 
-def write(staging: Path, model: Any, job: Job, metrics: Metrics, fingerprint: dict[str, Any], log: Path) -> None:
-    """Write everything into ``staging``, each file pushed to the disk, ``training_config.json`` last."""
+def write(
+    staging: Path,
+    model: Any,
+    adapter: str,
+    job: Job,
+    metrics: Metrics,
+    fingerprint: dict[str, Any],
+    log: Path,
+) -> None:
+    """Write everything into ``staging``, each file pushed to the disk, ``training_config.json`` last.
+
+    Of a model with adapters only ``adapter`` is written.
+    """
     shutil.rmtree(staging, ignore_errors=True)
     durable.make_folder(staging)
-    _write_model(staging, model)
+    _write_model(staging, model, adapter)
     job.tokenizer.save_pretrained(staging)
     durable.write_json(staging / paths.TRAINING_METRICS, metrics.to_json())
     durable.write_bytes(staging / paths.MODEL_CARD, _card(job, metrics).encode())
@@ -82,16 +93,17 @@ def write(staging: Path, model: Any, job: Job, metrics: Metrics, fingerprint: di
     durable.write_json(staging / paths.TRAINING_CONFIG, config)
 
 
-def _write_model(staging: Path, model: Any) -> None:
+def _write_model(staging: Path, model: Any, adapter: str) -> None:
     if not hasattr(model, "peft_config"):
         write_whole_model(staging, model)
         return
     from peft import get_peft_model_state_dict
 
-    adapter = model.peft_config["default"]
-    adapter.inference_mode = True
-    adapter.save_pretrained(staging)
-    durable.save_tensors(staging / paths.ADAPTER_WEIGHTS, get_peft_model_state_dict(model), {"format": "pt"})
+    config = model.peft_config[adapter]
+    config.inference_mode = True
+    config.save_pretrained(staging)
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    durable.save_tensors(staging / paths.ADAPTER_WEIGHTS, weights, {"format": "pt"})
 
 
 def write_whole_model(folder: Path, model: Any) -> None:

@@ -1,8 +1,8 @@
 """A run's place on disk: who holds the branch, what was begun, its checkpoints and its unfinished result.
 
 ``.<output>.work/`` beside the output holds ``lock``, ``holder.json`` and one folder per unfinished run, named by its
-key: ``run.json``, ``checkpoints/`` and ``result/``. Requests that differ have different keys, so none overwrites
-another's.
+key: ``run.json``, ``checkpoints/``, ``result/``, and ``group.json`` when it takes its steps together with others.
+Requests that differ have different keys, so none overwrites another's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,6 +26,8 @@ from sheily_train.core.training import checkpoint
 from sheily_train.core.training.checkpoint import Checkpoint
 from sheily_train.errors import BusyError
 from sheily_train.i18n import _
+
+_GROUP = "group.json"
 
 
 class Run:
@@ -50,6 +52,21 @@ class Run:
             durable.write_json(self.folder / "run.json", record)
         return record
 
+    @property
+    def group(self) -> list[str]:
+        """The model folders of the branches that take their steps together with this one; empty when it goes alone."""
+        return list((durable.read_json(self.folder / _GROUP) or {}).get("outputs", []))
+
+    def remember_group(self, outputs: list[str]) -> None:
+        """Write down who goes together."""
+        if outputs != self.group:
+            durable.make_folder(self.folder)
+            durable.write_json(self.folder / _GROUP, {"outputs": outputs})
+
+    def forget_group(self) -> None:
+        """From now on it goes alone."""
+        (self.folder / _GROUP).unlink(missing_ok=True)
+
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[Path]]:
         """The checkpoint to go on from, and damaged ones that were passed over."""
         return checkpoint.load_newest(self.checkpoints)
@@ -61,6 +78,12 @@ class Run:
     def others(self) -> list[Path]:
         """Unfinished runs of the same output with other settings or data."""
         return sorted(path.parent for path in self.folder.parent.glob("*/run.json") if path.parent != self.folder)
+
+
+def newest_common_step(runs: Sequence[Run]) -> int | None:
+    """The newest step that all runs can go on from (0: anew), or ``None``."""
+    steps = [checkpoint.steps_to_go_on_from(run.checkpoints) for run in runs]
+    return max(set.intersection(*steps), default=None)
 
 
 def _new_log(branch: str) -> Path:

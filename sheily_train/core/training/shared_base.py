@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sheily_train.core.training.adapters import without_adapter
+from sheily_train.core.training import bases
+from sheily_train.core.training.adapters import (
+    create_lora_model,
+    leave_types_to_autocast,
+    quantization,
+    without_adapter,
+)
 from sheily_train.core.training.hardware import Machine
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from sheily_train.core.training.preparation import Job
 
 
 class SharedBase:
@@ -32,6 +40,26 @@ class SharedBase:
             model = None
         self._key = key
         return model or load()
+
+    def adapted(self, job: Job, count: int = 1) -> Any:
+        """The model that a job trains: the base with ``count`` adapters, or all of it."""
+        request, placement = job.request, job.placement
+
+        def load() -> PreTrainedModel:
+            return bases.load_model(
+                request.model,
+                dtype=placement.base_dtype,
+                device=placement.device,
+                attention=placement.attention,
+                quantization=quantization(placement.method, placement.precision),
+            )
+
+        if not request.uses_adapter:
+            return load()
+        key = (job.base, placement.device, placement.method, placement.precision, placement.attention)
+        adapted = create_lora_model(self.take(key, load), request, count)
+        leave_types_to_autocast(adapted)
+        return adapted
 
     def give_back(self, adapted: PeftModel) -> None:
         """Keep the base under this adapter; the adapter is dropped."""

@@ -48,19 +48,16 @@ class FleetView:
             self._rows = {name: _Row() for name in record["branches"]}
         elif event in {"start", "resume"}:
             self._now = record["branch"]
-            self._row.state = _("paso {step}/{steps}").format(**record)
+            self._rows[record["branch"]].state = _("paso {step}/{steps}").format(**record)
         elif event == "timing":
-            self._row.state = _("paso {step}/{steps}").format(**record)
-            self._row.rate = f"{record['tokens_per_second']:.0f}"
-            self._row.left = duration(record["eta_seconds"])
+            row = self._rows[record["branch"]]
+            row.state = _("paso {step}/{steps}").format(**record)
+            row.rate = f"{record['tokens_per_second']:.0f}"
+            row.left = duration(record["eta_seconds"])
         elif event == "step":
-            self._row.loss = f"{record['loss']:.4f}"
+            self._rows[record["branch"]].loss = f"{record['loss']:.4f}"
         elif event == "fleet_branch":
             self._end(record)
-
-    @property
-    def _row(self) -> _Row:
-        return self._rows[self._now]
 
     def _end(self, record: Record) -> None:
         row = self._rows[record["branch"]]

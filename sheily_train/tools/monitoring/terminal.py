@@ -32,24 +32,29 @@ class SilentView:
 
 
 class PlainView(SilentView):
-    """Prints each record's lines as they come; rates at most every ten seconds of training."""
+    """Prints each record's lines as they come, of several branches with their names.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._told = 0.0
+    Rates at most every ten seconds of training.
+    """
+
+    def __init__(self, stream: TextIO, *, several: bool = False) -> None:
+        self._stream, self._several = stream, several
+        self._told: dict[str, float] = {}
 
     def __call__(self, record: Record) -> None:
         """Print the record."""
         if record["event"] == "timing" and not self._is_due(record):
             return
         for line in describe(record):
-            print(line, file=self._stream, flush=True)
+            told = _("{branch}: {line}").format(branch=record["branch"], line=line) if self._several else line
+            print(told, file=self._stream, flush=True)
 
     def _is_due(self, record: Record) -> bool:
         seconds, last = record["seconds"], record["step"] == record["steps"]
-        if not last and seconds - self._told < _SECONDS_BETWEEN_LINES and seconds >= self._told:
+        told = self._told.get(record["branch"], 0.0)
+        if not last and seconds - told < _SECONDS_BETWEEN_LINES and seconds >= told:
             return False
-        self._told = seconds
+        self._told[record["branch"]] = seconds
         return True
 
 
@@ -105,5 +110,5 @@ def view_for(stream: TextIO, *, quiet: bool, several: bool = False) -> FleetView
         return SilentView()
     console = Console(file=stream)
     if not console.is_terminal:
-        return PlainView(stream)
+        return PlainView(stream, several=several)
     return FleetView(console) if several else LiveView(console)

@@ -9,7 +9,7 @@ import pytest
 from sheily_train.core.training import budget, checkpoint
 from sheily_train.core.training.budget import Shape, Workload
 from sheily_train.core.training.data import IGNORED, TokenRow
-from sheily_train.core.training.engine import Engine
+from sheily_train.core.training.engine import Engine, take_step
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.training_router import Placement
 
@@ -109,7 +109,7 @@ def test_disk_holds_three_checkpoints_and_the_result(model: PreTrainedModel, tmp
     """The estimate covers what a real engine writes, and little more."""
     placement = Placement("cpu", "cpu", "fp32", "full", "eager", 1024, "")
     engine = Engine(model, TrainRequest(), placement, 1)
-    engine.step(0, [[TokenRow((5, 6, 7), (IGNORED, 6, 7), "x:1")]])
+    take_step([engine], 0, [[(0, [TokenRow((5, 6, 7), (IGNORED, 6, 7), "x:1")])]])
     for step in (1, 2):
         checkpoint.save(tmp_path, step, engine.state_tensors(), {})
     two = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())

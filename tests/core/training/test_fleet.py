@@ -11,6 +11,7 @@ from sheily_train.core.training import bases, fleet
 from sheily_train.core.training.hardware import inspect_machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.shared_base import SharedBase
+from sheily_train.core.training.trainee import Trainee
 from sheily_train.core.training.trainer import train_model
 
 
@@ -70,14 +71,14 @@ def test_a_run_that_fails_takes_its_base_with_it(
     requests: list[TrainRequest], loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an unexpected error in the middle of a run the next branch loads the base anew, and is trained."""
-    step = fleet.train_model.__globals__["Engine"].step
+    stepped = Trainee.stepped
 
-    def fails_for_physics(engine: Any, number: int, batches: Any) -> Any:
-        if number == 1 and not (paths.models_dir() / "music").exists() and len(loads) == 1:
+    def fails_for_physics(trainee: Trainee, result: Any, examples: int, share: float) -> None:
+        if trainee.job.branch.name == "physics":
             raise ZeroDivisionError
-        return step(engine, number, batches)
+        stepped(trainee, result, examples, share)
 
-    monkeypatch.setattr(fleet.train_model.__globals__["Engine"], "step", fails_for_physics)
+    monkeypatch.setattr(Trainee, "stepped", fails_for_physics)
     outcomes = list(fleet.train_branches(requests))
     assert [outcome.state for outcome in outcomes] == ["failed", "trained"]
     assert isinstance(outcomes[0].error.__cause__ if outcomes[0].error else None, ZeroDivisionError)

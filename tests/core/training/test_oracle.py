@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sheily_train import paths, runlog
 from sheily_train.core.training import bases, data
 from sheily_train.core.training.adapters import create_lora_model, quiet_peft
-from sheily_train.core.training.engine import Engine
+from sheily_train.core.training.engine import Engine, take_step
 from sheily_train.core.training.preparation import Job, prepare
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.trainer import TrainingResult, train_model
@@ -117,7 +117,7 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_logits(request_: TrainRe
     ours = create_lora_model(plain, request_)
     engine = Engine(ours, job.request, job.placement, job.work.steps)
     for step in range(job.work.steps):
-        engine.step(step, [job.step_rows(step)])
+        take_step([engine], step, [[(0, job.step_rows(step))]])
     ours.eval()
     base = bases.load_model(request_.model, dtype=torch.float32, device="cpu", attention="eager")
     with quiet_peft():
@@ -138,7 +138,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(request_: TrainReq
     def step(groups: list[list[data.TokenRow]]) -> tuple[float, dict[str, torch.Tensor]]:
         base = bases.load_model(request_.model, dtype=torch.float32, device="cpu", attention="eager")
         engine = Engine(create_lora_model(base, request_), replace(job.request, warmup_steps=0), job.placement, 10)
-        outcome = engine.step(0, groups)
+        [outcome] = take_step([engine], 0, [[(0, rows)] for rows in groups])
         return outcome.loss, engine.parameters
 
     whole_loss, whole = step([rows])
