@@ -58,8 +58,7 @@ lint: .venv/installed-dev ## ruff y mypy
 	$(BIN)/mypy
 
 test: lint ## Toda la batería de pruebas, desde cero
-	$(BIN)/coverage erase
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 audit: .venv/installed-audit ## Busca fallos de seguridad conocidos en las versiones probadas (pide internet)
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off

@@ -19,7 +19,7 @@ from tests.forks import Forks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests of the hub start processes that say otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin wait long for a core that others use
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
@@ -60,6 +60,17 @@ MUSIC = (
     ("¿Quién escribió el Concierto de Aranjuez?", "Joaquín Rodrigo."),
     ("¿Qué es una zarzuela?", "Teatro español que alterna canto y habla."),
 )
+
+
+SLOW_FILES = (
+    *("test_faults.py", "test_simulation.py", "test_interruption.py", "test_embedded.py", "test_launchers.py"),
+    *("test_docs.py", "test_together.py", "test_worker.py", "test_memory.py", "test_gguf_conversion.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no process is left with one in the end."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
 
 
 @pytest.fixture(scope="session")

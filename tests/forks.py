@@ -96,10 +96,9 @@ class Forks:
         return int(self._process.stdout.readline())
 
     def __enter__(self) -> Self:
-        environment = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM],
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

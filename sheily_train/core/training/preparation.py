@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
     rows = data.tokenize(training, tokenizer, template=request.template, max_length=request.max_length)
     judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
-    model, shape, trainable = _measure(config, request)
+    model, shape, trainable = _measure(request, identity.base)
     work = budget.workload(
         rows,
         judged,
@@ -217,9 +218,14 @@ def _longest_allowed(request: TrainRequest, config: PretrainedConfig) -> int:
     return min(request.max_length, limit) if limit else request.max_length
 
 
-def _measure(config: PretrainedConfig, request: TrainRequest, count: int = 1) -> tuple[PreTrainedModel, Shape, int]:
+def _measure(request: TrainRequest, base: str, count: int = 1) -> tuple[PreTrainedModel, Shape, int]:
     """The model without weights, with ``count`` adapters; the base's shape; the number of parameters to train."""
-    model = budget.meta_model(config)
+    return _measured(replace(request, branch="", output=None), base, count)
+
+
+@functools.lru_cache(maxsize=2)
+def _measured(request: TrainRequest, _base: str, count: int) -> tuple[PreTrainedModel, Shape, int]:
+    model = budget.meta_model(bases.load_config(request.model))
     shape = budget.model_shape(model)
     if not request.uses_adapter:
         return model, shape, shape.parameters
@@ -251,8 +257,7 @@ def _expected_memory(
 
 def memory_together(jobs: Sequence[Job]) -> int:
     """Expected peak bytes of jobs that take their steps together over one base."""
-    request = jobs[0].request
-    model, _shape, _trainable = _measure(bases.load_config(request.model), request, len(jobs))
+    model, _shape, _trainable = _measure(jobs[0].request, jobs[0].base, len(jobs))
     last = max(min(job.work.steps, job.steps_per_epoch) for job in jobs)
     steps = [[job.step_rows(step) for job in jobs if step < job.work.steps] for step in range(last)]
     return _counted(model, steps, jobs[0].placement)

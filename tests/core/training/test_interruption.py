@@ -22,7 +22,7 @@ from tests.conftest import make_home
 from tests.forks import Forks, Process, wait_until
 
 COMMAND = ("train", "--branch", "physics", "--lora")
-EPOCHS, STEPS = 50, 150
+EPOCHS, STEPS = 36, 108
 """Enough for ten kills, each of which lets a few steps pass."""
 SETTINGS = (
     "--epochs",

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def test_they_share_their_passes(requests: list[TrainRequest], monkeypatch: pyte
     assert sum(outcome.seconds for outcome in outcomes) <= seconds
 
 
-ARGUMENTS = ("train", "--all", "--lora", "--epochs", "15", "--batch-size", "3", "--precision", "fp32")
+ARGUMENTS = ("train", "--all", "--lora", "--epochs", "12", "--batch-size", "3", "--precision", "fp32")
 SETTINGS = ("--together", "4", "--save-steps", "3", "--early-stopping", "1000")
 
 
@@ -130,19 +130,20 @@ def test_killed_side_by_side_they_go_on_to_the_same_bits(
     def start(*more: str) -> Process:
         return forks.start(*ARGUMENTS, *SETTINGS, "--model", str(tiny_llama), *more, home=home)
 
-    def start_and_wait_for_steps(more: int) -> Process:
-        process, wanted = start(), steps_logged(logs) + more
-        wait_until(lambda: steps_logged(logs) >= wanted)
+    def start_and_wait(condition: Callable[[int], bool]) -> Process:
+        process, before = start(), steps_logged(logs)
+        wait_until(lambda: condition(steps_logged(logs) - before))
         return process
 
     start("--output", str(tmp_path / "quiet")).finish()
     logs.rename(tmp_path / "logs")
-    # All four take up to 30 steps, three up to 45, two up to 60; some are taken again after a kill.
-    for more in (9, 50, 70, 40):
-        start_and_wait_for_steps(more).kill()
-    assert (models / "art" / paths.TRAINING_CONFIG).is_file()
+    # All four take up to 24 steps, three up to 36, two up to 48; some are taken again after a kill.
+    start_and_wait(lambda steps: steps >= 9).kill()
+    start_and_wait(lambda steps: steps >= 22).kill()
+    start_and_wait(lambda _: (models / "art" / paths.TRAINING_CONFIG).is_file()).kill()
+    start_and_wait(lambda steps: steps >= 6).kill()
     assert not (models / "law" / paths.TRAINING_CONFIG).exists()
-    stopped = start_and_wait_for_steps(1)
+    stopped = start_and_wait(lambda steps: steps >= 1)
     stopped.send(signal.SIGTERM)
     assert stopped.wait() == 128 + signal.SIGTERM
     assert "todo está guardado" in stopped.error.read_text()
