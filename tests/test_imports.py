@@ -77,7 +77,7 @@ def test_light_modules_load_no_heavy_package() -> None:
     """What ``--help``, ``branches`` and a request need starts without torch, transformers and peft."""
     levels = {name: level(name) for name in MODULES}
     light = [name for name in MODULES if levels[name] < 2 or levels[name] == 4]
-    light += ["sheily_train.core.training.request", "sheily_train.core.training.specialist"]
+    light += [f"sheily_train.core.training.{name}" for name in ("request", "specialist", "fleet")]
     code = f"import sys, {', '.join(light)}\nprint(*sorted(set({HEAVY}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -13,7 +13,7 @@ from sheily_train.i18n import _
 
 if TYPE_CHECKING:
     from sheily_train.core.training.fleet import Outcome
-    from sheily_train.core.training.trainer import TrainingResult
+    from sheily_train.core.training.specialist import TrainingResult
 
 
 def print_one(result: TrainingResult) -> None:

@@ -11,12 +11,12 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
+from typing import TYPE_CHECKING, Any
 
 from sheily_train import durable
+
+if TYPE_CHECKING:
+    import torch
 
 _TENSORS, _STATE, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 UNFINISHED = "unfinished"
@@ -63,6 +63,8 @@ def _write_files(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
     """The newest checkpoint that verifies (or none), and the newer ones that did not and were passed over."""
+    from safetensors.torch import load_file
+
     damaged: list[Path] = []
     for candidate in reversed(_folders(folder)):
         if _verifies(candidate):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sheily_train import paths
-from sheily_train.core.training.grouping import plan
+from sheily_train.core.training import specialist
+from sheily_train.core.training.identity import identify
 from sheily_train.core.training.request import TrainRequest
-from sheily_train.core.training.shared_base import SharedBase
-from sheily_train.core.training.trainer import TrainingResult, train_together
+from sheily_train.core.training.run import Run
+from sheily_train.core.training.specialist import TrainingResult
 from sheily_train.errors import SheilyError, internal_error_text
 from sheily_train.runlog import Listener, RunLog
 
@@ -89,6 +90,32 @@ def train_branches(
 
 
 def _train_each(requests: Sequence[TrainRequest], listeners: tuple[Listener, ...], fresh: bool) -> Iterator[Outcome]:
+    """Those that are up to date first: nothing that takes seconds to load is needed for them."""
+    left: list[TrainRequest] = []
+    for request in requests:
+        result = None if fresh else _current(request)
+        if result is None:
+            left.append(request)
+        else:
+            yield Outcome(request.branch, result, None)
+    if left:
+        yield from _train_rest(left, listeners, fresh)
+
+
+def _current(request: TrainRequest) -> TrainingResult | None:
+    """The request's result, when it is there and nothing of the run is left to be ended or cleared away."""
+    try:
+        key = identify(request).key
+    except SheilyError:
+        return None  # it is told when its turn comes
+    return None if Run(request.model_folder, key).folder.exists() else specialist.result_of(request.model_folder, key)
+
+
+def _train_rest(requests: Sequence[TrainRequest], listeners: tuple[Listener, ...], fresh: bool) -> Iterator[Outcome]:
+    from sheily_train.core.training.grouping import plan
+    from sheily_train.core.training.shared_base import SharedBase
+    from sheily_train.core.training.trainer import train_together
+
     shared = SharedBase()
     for group in plan(requests, fresh=fresh, shared=shared):
         begun = time.monotonic()

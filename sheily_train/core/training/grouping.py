@@ -13,7 +13,8 @@ from sheily_train.core.training import hardware, specialist
 from sheily_train.core.training.adapters import adapter_names
 from sheily_train.core.training.data import Pass, split_into_passes
 from sheily_train.core.training.engine import Engine, add_gradients
-from sheily_train.core.training.preparation import Job, identify, prepare
+from sheily_train.core.training.identity import identify
+from sheily_train.core.training.preparation import Job, prepare
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
 from sheily_train.core.training.shared_base import SharedBase
@@ -65,8 +66,7 @@ def _unfinished(request: TrainRequest, fresh: bool) -> Run | None:
     except SheilyError:
         return None
     run = Run(request.model_folder, key)
-    config = specialist.read_config(request.model_folder)
-    if not fresh and ((config and config["key"] == key) or specialist.is_complete(run.result)):
+    if not fresh and (specialist.result_of(request.model_folder, key) or specialist.is_complete(run.result)):
         return None
     return run if request.uses_adapter else None
 

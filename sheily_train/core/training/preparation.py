@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from sheily_train.core.training.budget import Shape, Workload
 from sheily_train.core.training.data import TokenRow
 from sheily_train.core.training.forward import PACKED_MODELS, choose_forward
 from sheily_train.core.training.hardware import Machine
+from sheily_train.core.training.identity import Identity, identify
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run
 from sheily_train.core.training.shared_base import SharedBase
@@ -27,25 +26,6 @@ from sheily_train.i18n import _
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-_STATE_VERSION = 2
-"""Raised when a checkpoint of the code before can no longer be continued to the same bits."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What decides a run's weights, found without reading a row.
-
-    Attributes:
-        branch, data_hash: what it learns from.
-        base: what the base model is.
-        key: a name for the run, equal for requests that lead to the same weights.
-    """
-
-    branch: catalog.Branch
-    data_hash: str
-    base: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -119,15 +99,6 @@ def load_training_data(branch: str, branches_dir: Path) -> tuple[list[Example], 
     """A branch's training and held-out examples; any bad row raises :class:`DataError` with its file and line."""
     found = catalog.find_branch(branches_dir, branch)
     return examples.read_examples(found.training_files), examples.read_examples(found.evaluation_files)
-
-
-def identify(request: TrainRequest) -> Identity:
-    """What a request comes to, before anything of it is read. Raises RequestError, DataError, BaseModelError."""
-    branch = catalog.find_branch(request.branches_dir, request.branch)
-    data_hash, base = catalog.data_hash(branch), bases.identity(request.model)
-    content = [_STATE_VERSION, request.identity(), data_hash, base]
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return Identity(branch, data_hash, base, key)
 
 
 def prepare(request: TrainRequest, identity: Identity | None = None, shared: SharedBase | None = None) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,16 @@ from sheily_train.errors import RequestError
 from sheily_train.i18n import _
 
 State = Literal["none", "current", "stale"]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where the specialist and its log lie, its metrics, and whether it had been trained before."""
+
+    folder: Path
+    log: Path
+    metrics: dict[str, Any]
+    skipped: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -33,6 +44,15 @@ def require_config(folder: Path, branch: str) -> dict[str, Any]:
             mend=_("Entrénalo con: sheily train --branch {branch} --lora").format(branch=branch),
         )
     return config
+
+
+def result_of(folder: Path, key: str) -> TrainingResult | None:
+    """What the run ``key`` has left in ``folder``, or ``None`` when it holds another's model or no finished one."""
+    config = read_config(folder)
+    if config is None or config["key"] != key:
+        return None
+    metrics = durable.read_json(folder / paths.TRAINING_METRICS) or {}
+    return TrainingResult(folder, Path(config["log"]), metrics, skipped=True)
 
 
 def state_of(folder: Path, data_hash: str) -> State:

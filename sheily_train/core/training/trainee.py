@@ -23,19 +23,10 @@ from sheily_train.core.training.forward import PaddedForward
 from sheily_train.core.training.narration import TextLog
 from sheily_train.core.training.preparation import Job
 from sheily_train.core.training.run import Run
+from sheily_train.core.training.specialist import TrainingResult
 from sheily_train.errors import Interrupted
 from sheily_train.i18n import _
 from sheily_train.runlog import Listener, Record, RunLog, read
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Where the specialist and its log lie, its metrics, and whether it had been trained before."""
-
-    folder: Path
-    log: Path
-    metrics: dict[str, Any]
-    skipped: bool = False
 
 
 @dataclass

@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from sheily_train import durable, paths
+from sheily_train import durable
 from sheily_train.core.branches import catalog
 from sheily_train.core.training import hardware, specialist
 from sheily_train.core.training.adapters import adapter_names, create_lora_model
 from sheily_train.core.training.data import TokenRow, pass_size, split_into_passes
 from sheily_train.core.training.engine import StepResult, take_step
 from sheily_train.core.training.evaluation import ask_specialist, open_specialist
+from sheily_train.core.training.identity import identify
 from sheily_train.core.training.preparation import (
     Job,
     check_resources,
-    identify,
     load_training_data,
     memory_together,
     prepare,
@@ -28,7 +28,8 @@ from sheily_train.core.training.preparation import (
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run, StopSignal, hold, newest_common_step
 from sheily_train.core.training.shared_base import SharedBase
-from sheily_train.core.training.trainee import Trainee, TrainingResult
+from sheily_train.core.training.specialist import TrainingResult
+from sheily_train.core.training.trainee import Trainee
 from sheily_train.errors import Interrupted, ResourceError, TrainingError
 from sheily_train.i18n import _
 from sheily_train.runlog import Listener
@@ -136,12 +137,10 @@ def _finished(folder: Path, run: Run, key: str) -> TrainingResult | None:
     if specialist.is_complete(run.result):
         specialist.publish(run.result, folder)
         run.discard()
-    config = specialist.read_config(folder)
-    if config is None or config["key"] != key:
-        return None
-    run.discard()
-    metrics = durable.read_json(folder / paths.TRAINING_METRICS) or {}
-    return TrainingResult(folder, Path(config["log"]), metrics, skipped=True)
+    result = specialist.result_of(folder, key)
+    if result is not None:
+        run.discard()
+    return result
 
 
 def _groups(ready: list[_Ready]) -> Iterator[tuple[list[_Ready], int | None]]:

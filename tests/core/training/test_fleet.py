@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,19 @@ def test_a_second_fleet_reads_no_base_and_trains_nothing(requests: list[TrainReq
         outcome.result.metrics for outcome in first if outcome.result
     ]
     assert loads == []
+
+
+def test_a_fleet_with_nothing_to_do_ends_at_once(requests: list[TrainRequest]) -> None:
+    """The command that finds every branch up to date loads neither torch nor what else takes seconds."""
+    words = ["sheily", "train", "--all", "--lora", "--max-steps", "1", "--model", requests[0].model]
+    code = f"import sys\nfrom sheily_train.cli import run, sheily\nsys.argv = {words}\ntry:\n    run(sheily)\n"
+    code += "finally:\n    print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))\n"
+    loaded = []
+    for _time in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-2] == "2 de 2 ramas listas."
+        loaded.append(done.stdout.splitlines()[-1])
+    assert loaded == ["['numpy', 'peft', 'torch', 'transformers']", "[]"]
 
 
 def test_a_run_that_fails_takes_its_base_with_it(

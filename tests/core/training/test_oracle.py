@@ -16,7 +16,8 @@ from sheily_train.core.training.adapters import create_lora_model, quiet_peft
 from sheily_train.core.training.engine import Engine, take_step
 from sheily_train.core.training.preparation import Job, prepare
 from sheily_train.core.training.request import TrainRequest
-from sheily_train.core.training.trainer import TrainingResult, train_model
+from sheily_train.core.training.specialist import TrainingResult
+from sheily_train.core.training.trainer import train_model
 
 RELATIVE = 1e-5
 

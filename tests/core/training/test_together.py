@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from sheily_train import paths, runlog
 from sheily_train.core.training import fleet, grouping
-from sheily_train.core.training.preparation import identify, prepare
+from sheily_train.core.training.identity import identify
+from sheily_train.core.training.preparation import prepare
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run, hold
 from sheily_train.core.training.shared_base import SharedBase
