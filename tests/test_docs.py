@@ -68,6 +68,7 @@ OTHER_FLAGS = {
     "--constraint": "pip",
     "--editable": "pip",
     "--check": "ruff",
+    "--no-loadscope-reorder": "pytest",
     "--cov": "pytest",
     "--cov-report": "pytest",
     "--dist": "pytest",
