@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 BRANCH ?= physics
 QUESTION ?= ¿Qué es la energía cinética y de qué depende?
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what is imported when it is; compiling all of torch beforehand takes over a minute.
+export PIP_COMPILE := 0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
