@@ -98,7 +98,7 @@ def main() -> None:
         "machine": fingerprint("cpu"),
         "branches": [measure(arguments, branch) for branch in arguments.branch],
     }
-    path = Path(__file__).parent / f"{date.today()}-quality.json"
+    path = Path(__file__).parent / f"{date.today()}-quality-{'-'.join(arguments.branch)}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
