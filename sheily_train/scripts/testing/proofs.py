@@ -19,9 +19,7 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -33,6 +31,7 @@ import click
 
 from sheily_train.core.branches.catalog import PROOFS_FILE, Branch, find_branch, find_branches
 from sheily_train.paths import branches_dir
+from sheily_train.scripts.testing import programs
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SPACE = "[ \u00a0\u202f]"
@@ -50,19 +49,6 @@ _NAMES: Mapping[str, Any] = {
     **{name: value for name, value in vars(math).items() if not name.startswith("_")},
     **{f.__name__: f for f in (abs, int, len, list, max, min, pow, range, round, sorted, sum, zip)},
     **{"statistics": statistics, "Fraction": Fraction, "date": date},
-}
-_RUNNERS = {
-    "python": [sys.executable, "-I", "-W", "ignore", "-c"],
-    "bash": ["bash", "-c"],
-    "sql": [
-        sys.executable,
-        "-I",
-        "-c",
-        "import sqlite3, sys\n"
-        "connection = sqlite3.connect(':memory:')\n"
-        "for statement in filter(str.strip, sys.argv[1].split(';')):\n"
-        "    for row in connection.execute(statement): print(*row, sep='\\t')",
-    ],
 }
 
 
@@ -158,16 +144,7 @@ def _check_program(proof: Mapping[str, Any], row: Mapping[str, str]) -> None:
     if proof["code"] not in row["input"] and proof["code"] not in row["output"]:
         raise ValueError("the row does not hold this code")
     program = "\n".join((proof.get("before", ""), proof["code"], proof.get("after", "")))
-    with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(
-            [*_RUNNERS[proof.get("language", "python")], program],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            timeout=60,
-        )
-    last = run.stderr.strip().splitlines()[-1:]
-    printed = run.stdout + "".join(last)  # an error's last line is part of what a program shows
+    printed = programs.run(program, proof.get("language", "python"))
     if printed.split() != proof["prints"].split():
         raise ValueError(f"the program printed {printed!r}, not {proof['prints']!r}")
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from sheily_train.core.branches.catalog import PROOFS_FILE, find_branch
-from sheily_train.scripts.testing import proofs
+from sheily_train.scripts.testing import programs, proofs
 
 
 def faults(folder: Path, answer: str, *made: dict[str, Any], question: str = "¿Cuál?", given: str = "") -> list[str]:
@@ -82,6 +82,26 @@ def test_a_program_may_have_lines_around_it_and_end_in_an_error(tmp_path: Path) 
     """Lines before and after make a fragment run; the last line of a traceback counts as printed."""
     proof = {"code": "x / 0", "before": "x = 1\nprint('a')", "prints": "a\nZeroDivisionError: division by zero"}
     assert faults(tmp_path, "Falla.", proof, given="x / 0") == []
+
+
+def test_a_program_is_alone() -> None:
+    """What one program leaves behind, in its modules or its folder, the next does not find; nor our own imports."""
+    leave = "import builtins, pandas\nbuiltins.left = pandas.left = 1\nopen('left', 'w').close()"
+    look = (
+        "import builtins, os, pandas\n"
+        "def f(x: int): ...\n"
+        "print(hasattr(builtins, 'left'), hasattr(pandas, 'left'), os.listdir(), __name__, f.__annotations__['x'])"
+    )
+    programs.run(leave)
+    assert programs.run(look) == "False False [] __main__ <class 'int'>\n"
+
+
+def test_a_program_that_does_not_end_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed, and said so."""
+    monkeypatch.setattr(programs, "_SECONDS", 0.5)
+    code = "while True: pass"
+    [wrong] = faults(tmp_path, "Nunca acaba.", {"code": code, "prints": ""}, given=code)
+    assert "has not ended" in wrong
 
 
 @pytest.mark.parametrize(
