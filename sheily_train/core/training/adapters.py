@@ -125,7 +125,7 @@ def quantization(method: str, precision: str) -> Any:
         raise MissingExtraError("bitsandbytes", "gpu", "--qlora") from None
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

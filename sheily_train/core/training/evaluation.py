@@ -179,7 +179,7 @@ def answer(
     """
     from transformers import GenerationConfig, TextStreamer
 
-    class Pieces(TextStreamer):
+    class Pieces(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
             if on_text is not None:
                 on_text(text)
@@ -187,7 +187,7 @@ def answer(
     prompt = render_prompt([Turn("user", question)], row_format, template, tokenizer)
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=template != "chat")
     inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    generation = GenerationConfig(  # type: ignore[no-untyped-call]
+    generation = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
