@@ -12,7 +12,7 @@ from sheily_train import durable, paths
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import ReaderTensor
+    from gguf import GGUFReader, ReaderTensor
     from tokenizers import Tokenizer
 
 _CONFIG: dict[str, Any] = {
@@ -83,9 +83,8 @@ def convert(gguf: Path, folder: Path) -> None:
         OSError: the disk is full, or refuses.
     """
     import torch
-    from gguf import GGUFReader
 
-    reader = GGUFReader(gguf)
+    reader = _read(gguf)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     for name, content in _JSON_FILES.items():
         durable.write_json(folder / name, content)
@@ -93,6 +92,18 @@ def convert(gguf: Path, folder: Path) -> None:
     durable.write_bytes(folder / _TOKENIZER, _tokenizer(metadata).to_str().encode())
     weights = {_weight_name(tensor.name): torch.tensor(_weight_values(tensor)) for tensor in reader.tensors}
     durable.save_tensors(folder / paths.MODEL_WEIGHTS, weights, {"format": "pt"})
+
+
+def _read(gguf: Path) -> GGUFReader:
+    """A reader over a plain array: of a memmap, each of its million slices would take several times as long."""
+    import numpy as np
+    from gguf import GGUFReader
+
+    class PlainReader(GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if isinstance(value, np.memmap) else value)
+
+    return PlainReader(gguf)
 
 
 def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
