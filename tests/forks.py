@@ -15,10 +15,12 @@ from types import TracebackType
 from typing import Any, Self
 
 _PROGRAM = """if True:
-    import json, os, resource, sys
-    import peft, transformers
+    import gc, json, os, resource, runpy, signal, sys
+    import peft, torch._dynamo, transformers, uvicorn
     from sheily_train.cli import run, sheily
+    from sheily_train.colab import serve
     from sheily_train.core.training import fleet
+    gc.freeze()  # what is loaded is not gone through, and so not copied, by each child
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:
@@ -28,10 +30,18 @@ _PROGRAM = """if True:
         if not child:
             for number, path in ((1, asked["out"]), (2, asked["error"])):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout.reconfigure(line_buffering=True)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a worker rightly lets an ignored one be
+            os.environ.clear()
             os.environ.update(asked["environment"])
+            os.chdir(asked["folder"])
             if asked["largest_file"] is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest_file"],) * 2)
-            run(sheily, asked["arguments"])
+            if asked["script"] is None:
+                run(sheily, asked["arguments"])
+            sys.argv = [asked["script"], *asked["arguments"]]
+            runpy.run_path(asked["script"], run_name="__main__")
+            sys.exit()
         print(child, flush=True)
 """
 _MOST_SECONDS = 240
@@ -75,15 +85,34 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, 0
 
-    def start(self, *arguments: str, home: Path, largest_file: int | None = None) -> Process:
-        """Begin ``sheily`` with these arguments, below ``home``; no file it writes grows beyond ``largest_file``."""
+    def start(
+        self,
+        *arguments: str,
+        home: Path | None = None,
+        folder: Path | None = None,
+        script: str | None = None,
+        largest_file: int | None = None,
+        **environment: str,
+    ) -> Process:
+        """Begin ``sheily``, or a script, with these arguments.
+
+        Args:
+            home: the project root, by ``SHEILY_HOME``.
+            folder: where it begins; here, when not given.
+            largest_file: no file it writes grows beyond so many bytes.
+            environment: what it has besides ours.
+        """
         self._number += 1
         out, error = (self._folder / f"{self._number}.{name}" for name in ("out", "error"))
+        for file in (out, error):
+            file.touch()
         pid = self.ask(
             arguments=arguments,
+            script=script,
             out=str(out),
             error=str(error),
-            environment={"SHEILY_HOME": str(home)},
+            folder=str(folder or Path.cwd()),
+            environment=os.environ | ({"SHEILY_HOME": str(home)} if home else {}) | environment,
             largest_file=largest_file,
         )
         return Process(self, pid, out, error)
@@ -111,9 +140,9 @@ class Forks:
         self._process.communicate()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], every: float = 0.0005) -> None:
     """Come back as soon as the condition holds; fail when it never does."""
     deadline = time.monotonic() + _MOST_SECONDS
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.0005)
+        time.sleep(every)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from sheily_train import paths
+from tests.forks import Forks
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the command lines are a POSIX shell's")
@@ -67,51 +67,37 @@ def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[s
     return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def ended(
-    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, tuple[Path, subprocess.CompletedProcess[str]]]:
-    """Every command line, each given in a root of its own: the root, and how it ended. No hub can be reached."""
-    nowhere = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path_factory.mktemp("hub")),
-    }
-    short = {"SHEILY_MODEL": str(tiny_llama), "SHEILY_MAX_STEPS": "1", **nowhere}
-    lines = [*TRAINED.values(), *GATED.values()]
-    folder = tmp_path_factory.mktemp("roots")
-    roots = [
-        make_root(folder / str(number), line.partition("--branch ")[2].split()[0]) for number, line in enumerate(lines)
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        processes = pool.map(lambda line, root: shell(line, root, **short), lines, roots)
-        return dict(zip(lines, zip(roots, processes, strict=True), strict=True))
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_written_line_trains_its_branch(
-    name: str, ended: Mapping[str, tuple[Path, subprocess.CompletedProcess[str]]]
+    name: str, tmp_path: Path, tiny_llama: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line works as it is written: the branch's model stands where the pages say, with what the line asked."""
-    root, done = ended[TRAINED[name]]
-    assert (done.returncode, done.stderr) == (0, "")
+    python, script, *arguments = shlex.split(TRAINED[name])
+    assert python == "python3"
     branch, _, _ = name.partition(",")
+    root = make_root(tmp_path / "root", branch)
+    for ours in [variable for variable in os.environ if variable.startswith("SHEILY_")]:
+        monkeypatch.delenv(ours)
+    short = {"SHEILY_MODEL": str(tiny_llama), "SHEILY_MAX_STEPS": "1"}
+    done = forks.start(*arguments, script=script, folder=root, **short)
+    out = done.finish()
+    assert done.error.read_text() == ""
     folder = root / "var" / "central_models" / branch
     request = json.loads((folder / paths.TRAINING_CONFIG).read_text(encoding="utf-8"))["request"]
     assert request["branch"] == branch
-    assert request["lora"] == ("--lora" in TRAINED[name]) == (folder / paths.ADAPTER_WEIGHTS).is_file()
+    assert request["lora"] == ("--lora" in arguments) == (folder / paths.ADAPTER_WEIGHTS).is_file()
     assert request["lora"] != (folder / paths.MODEL_WEIGHTS).is_file()
     assert request["epochs"] == float(TRAINED[name].partition("--epochs ")[2].partition(" ")[0] or 3)
     assert list((root / "var" / "central_logs").glob(f"training_{branch}_*.log"))
-    assert done.stdout.splitlines()[-1] == f'Pregunta: sheily ask {branch} "…"'
+    assert out.splitlines()[-1] == f'Pregunta: sheily ask {branch} "…"'
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_a_gated_model_without_network_is_one_clear_line(
-    name: str, ended: Mapping[str, tuple[Path, subprocess.CompletedProcess[str]]]
-) -> None:
+def test_a_gated_model_without_network_is_one_clear_line(name: str, tmp_path: Path) -> None:
     """Llama 2, without network or token: exit code 4, one line that names both, and nothing is left behind."""
-    root, done = ended[GATED[name]]
+    root = make_root(tmp_path / "root", name)
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    done = shell(GATED[name], root, **nowhere)
     assert done.returncode == 4
     [line] = done.stderr.splitlines()
     assert line.startswith(
