@@ -1,4 +1,5 @@
-"""How long the commands that should be instant take, as whole processes, and whether they load torch.
+"""How long short commands take, as whole processes, and whether they load torch: two that should be instant, and one
+that loads all that a training needs, and ends.
 
     python benchmarks/startup.py all-Branches
 
@@ -28,11 +29,15 @@ ENTRY = "from sheily_train.cli import main; main()"
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path(__file__).parent)
 def startup(branches_dir: Path, runs: int, output: Path) -> None:
-    """Time ``sheily --help`` and ``sheily train --list-branches`` over BRANCHES_DIR."""
+    """Time ``sheily --help``, ``--list-branches`` and ``--dry-run`` over BRANCHES_DIR."""
+    first = min(folder.name for folder in branches_dir.iterdir() if folder.is_dir())
     commands = {
         "sheily --help": ["--help"],
         f"sheily train --list-branches --branches-dir {branches_dir.name}": [
             *("train", "--list-branches", "--branches-dir", str(branches_dir))
+        ],
+        f"sheily train --dry-run --lora --branch {first} --branches-dir {branches_dir.name}": [
+            *("train", "--dry-run", "--lora", "--branch", first, "--branches-dir", str(branches_dir))
         ],
     }
     today = datetime.date.today().isoformat()
