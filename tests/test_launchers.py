@@ -198,3 +198,15 @@ def test_list_branches_as_written(tmp_path: Path) -> None:
     ]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["from sheily_train.cli import main; main()", "runpy.run_path('sheily_train/train_branch.py', {}, '__main__')"],
+)
+def test_a_command_looks_for_garbage_seldom(start: str) -> None:
+    """What torch and transformers load is not gone through while they load, nor when the process ends."""
+    look = "atexit.register(lambda: print(gc.get_threshold()[0] > 10_000, gc.get_freeze_count() > 10_000))"
+    code = f"import atexit, gc, runpy, sys\n{look}\nsys.argv[1:] = ['--help']\n{start}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True True"

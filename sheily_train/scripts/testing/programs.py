@@ -40,7 +40,7 @@ def run(program: str, language: str = "python") -> str:
             process.kill()
             process.join()
             raise ValueError(f"the program has not ended after {_SECONDS} s")
-        return out.read_text(encoding="utf-8") + "".join(error.read_text(encoding="utf-8").splitlines()[-1:])
+        return out.read_text() + "".join(error.read_text().splitlines()[-1:])
 
 
 def _become(execute: Callable[[str], None], program: str, folder: Path, *printed: Path) -> None:
