@@ -23,11 +23,10 @@ def main() -> NoReturn:
         if OWN_PYTHON.is_file() and Path(sys.executable) != OWN_PYTHON:
             os.execv(OWN_PYTHON, [str(OWN_PYTHON), __file__, *sys.argv[1:]])  # noqa: S606
         sys.exit("Error: faltan los paquetes de Sheily Train. Instálalos con: make install")
-    from sheily_train.cli import collect_seldom, run
+    from sheily_train.cli import main as run_command
     from sheily_train.cli.train import train
 
-    collect_seldom()
-    run(train, prog="train_branch.py")
+    run_command(train, prog="train_branch.py")
 
 
 if __name__ == "__main__":

@@ -71,17 +71,12 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, prog: st
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def collect_seldom() -> None:
-    """Let a process of its own look for garbage less often, and not at its end.
+def main(command: click.Command = sheily, prog: str = "sheily") -> NoReturn:
+    """Run a command as the whole work of this process.
 
-    torch and transformers load a million objects that stay. Going through them, again and again while they load and
-    once more at the end, took a quarter of a short command's time.
+    torch and transformers load a million objects that stay. Going through them for garbage, again and again while they
+    load and once more at the end, took a quarter of a short command's time.
     """
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
-
-
-def main() -> NoReturn:
-    """Run ``sheily``."""
-    collect_seldom()
-    run(sheily)
+    run(command, prog=prog)
