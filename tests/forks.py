@@ -29,7 +29,7 @@ _PROGRAM = """if True:
         child = os.fork()
         if not child:
             for number, path in ((1, asked["out"]), (2, asked["error"])):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                os.dup2(os.open(path, os.O_WRONLY), number)
             sys.stdout.reconfigure(line_buffering=True)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a worker rightly lets an ignored one be
             os.environ.clear()
@@ -88,7 +88,6 @@ class Forks:
     def start(
         self,
         *arguments: str,
-        home: Path | None = None,
         folder: Path | None = None,
         script: str | None = None,
         largest_file: int | None = None,
@@ -97,7 +96,6 @@ class Forks:
         """Begin ``sheily``, or a script, with these arguments.
 
         Args:
-            home: the project root, by ``SHEILY_HOME``.
             folder: where it begins; here, when not given.
             largest_file: no file it writes grows beyond so many bytes.
             environment: what it has besides ours.
@@ -112,7 +110,7 @@ class Forks:
             out=str(out),
             error=str(error),
             folder=str(folder or Path.cwd()),
-            environment=os.environ | ({"SHEILY_HOME": str(home)} if home else {}) | environment,
+            environment=os.environ | environment,
             largest_file=largest_file,
         )
         return Process(self, pid, out, error)

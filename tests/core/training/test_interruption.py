@@ -43,8 +43,8 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def start(forks: Forks, home: Path, tiny_llama: Path) -> Start:
-    """Begins the command, or goes on with it."""
-    return partial(forks.start, *COMMAND, "--model", str(tiny_llama), *SETTINGS, home=home)
+    """Begins the command below ``home``, or goes on with it."""
+    return partial(forks.start, *COMMAND, "--model", str(tiny_llama), *SETTINGS)
 
 
 def work(home: Path) -> Path:

@@ -129,7 +129,7 @@ def test_killed_side_by_side_they_go_on_to_the_same_bits(
     models, logs = home / "var" / "central_models", home / "var" / "central_logs"
 
     def start(*more: str) -> Process:
-        return forks.start(*ARGUMENTS, *SETTINGS, "--model", str(tiny_llama), *more, home=home)
+        return forks.start(*ARGUMENTS, *SETTINGS, "--model", str(tiny_llama), *more)
 
     def start_and_wait(condition: Callable[[int], bool]) -> Process:
         process, before = start(), steps_logged(logs)
