@@ -17,6 +17,8 @@ from sheily_train.paths import EVALUATION_DATA, ROWS_SUFFIX, TRAINING_DATA
 
 DESCRIPTION_FILE = "branch.toml"
 PROOFS_FILE = "proofs.jsonl"
+COMMON_BRANCH = "common"
+"""The branch that has the rows of all branches, unless a folder is called so."""
 
 # Letters of any language, digits, and inside the name also spaces, dots and hyphens: never a path, never hidden.
 _NAME = re.compile(r"\w(?:[\w .-]{0,62}\w)?")
@@ -65,12 +67,14 @@ def find_branches(branches_dir: Path) -> list[Branch]:
 
 
 def find_branch(branches_dir: Path, name: str) -> Branch:
-    """The branch called ``name``, ready to be read.
+    """The branch called ``name``, or the one that has the rows of all, ready to be read.
 
     Raises RequestError for a name that cannot be or that no branch has, DataError when the branch has no training file.
     """
     check_name(name)
     branches = {branch.name: branch for branch in find_branches(branches_dir)}
+    if any(branch.training_files for branch in branches.values()):
+        branches.setdefault(COMMON_BRANCH, _common(branches_dir, list(branches.values())))
     if name not in branches:
         near = difflib.get_close_matches(name.casefold(), branches, n=3)
         suggestion = _("¿Quizá {names}?").format(names=", ".join(near)) + " " if near else ""
@@ -87,6 +91,15 @@ def find_branch(branches_dir: Path, name: str) -> Branch:
             mend=_("Ponlos ahí, o impórtalos con: sheily branches import {name} ARCHIVO").format(name=name),
         )
     return branch
+
+
+def _common(branches_dir: Path, branches: list[Branch]) -> Branch:
+    return Branch(
+        COMMON_BRANCH,
+        branches_dir,
+        tuple(file for branch in branches for file in branch.training_files),
+        tuple(file for branch in branches for file in branch.evaluation_files),
+    )
 
 
 def data_hash(branch: Branch) -> str:

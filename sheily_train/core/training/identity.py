@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from sheily_train.core.branches import catalog
-from sheily_train.core.training import bases
+from sheily_train.core.training import bases, initial_adapter
 from sheily_train.core.training.request import TrainRequest
 
 _STATE_VERSION = 2
@@ -35,5 +35,7 @@ def identify(request: TrainRequest) -> Identity:
     branch = catalog.find_branch(request.branches_dir, request.branch)
     data_hash, base = catalog.data_hash(branch), bases.identity(request.model)
     content = [_STATE_VERSION, request.identity(), data_hash, base]
+    if begins_with := initial_adapter.weights_hash(request):
+        content.append(begins_with)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return Identity(branch, data_hash, base, key)

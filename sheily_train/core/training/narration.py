@@ -30,6 +30,8 @@ def _start(record: Record) -> list[str]:
         _("Memoria: unos {memory:.1f} GB de {memory_free:.1f} GB libres"),
         _("Disco: unos {disk:.0f} MB de {disk_free:.0f} MB libres"),
     ]
+    if record["init_adapter"]:
+        lines.insert(1, _("Parte del adaptador {init_adapter}"))
     values = record | {
         "reason": record["placement"]["reason"],
         "trainable": f"{record['trainable_parameters']:,}".replace(",", " "),

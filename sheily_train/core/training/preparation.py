@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sheily_train import paths
 from sheily_train.core.branches import catalog, examples
 from sheily_train.core.branches.examples import Example
-from sheily_train.core.training import adapters, bases, budget, data, hardware
+from sheily_train.core.training import adapters, bases, budget, data, hardware, initial_adapter
 from sheily_train.core.training.budget import Shape, Workload
 from sheily_train.core.training.data import TokenRow
 from sheily_train.core.training.forward import PACKED_MODELS, choose_forward
@@ -77,6 +77,7 @@ class Job:
         return {
             "branch": self.branch.name,
             "model": self.request.model,
+            "init_adapter": self.request.init_adapter,
             "placement": self.placement.to_json(),
             "format": self.row_format.value,
             "examples": self.work.examples,
@@ -129,6 +130,9 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
     judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
     model, shape, trainable = _measure(request, identity.base)
+    if request.init_adapter:
+        blank = {adapters.saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        initial_adapter.check(request, identity.base, blank)
     work = budget.workload(
         rows,
         judged,

@@ -97,6 +97,12 @@ class TrainRequest:
     lora_targets: tuple[str, ...] = _setting(
         ("all-linear",), _("Capas del adaptador, separadas por comas; all-linear: todas las lineales.")
     )
+    init_adapter: str = _setting(
+        "",
+        _("Adaptador del que se parte: una rama ya entrenada, o la carpeta de un adaptador LoRA."),
+        "--adapter-name-or-path",
+        decides_weights=False,  # its content does
+    )
     precision: str = _setting("auto", _("Precisión de los cálculos."), choices=("auto", "bf16", "fp16", "fp32"))
     device: str = _setting("auto", _("Dispositivo."), choices=("auto", "cpu", "cuda", "mps"))
     attention: str = _setting("auto", _("Cálculo de la atención."), choices=("auto", "eager", "sdpa"))
@@ -118,6 +124,8 @@ class TrainRequest:
             _check_bounds(item, getattr(self, item.name))
         if not self.lora_targets:
             raise RequestError(_("--lora-targets está vacío."), mend=_("Da nombres de capas, auto o all-linear."))
+        if self.init_adapter and not self.uses_adapter:
+            raise RequestError(_("--init-adapter sin --lora ni --qlora."), mend=_("Añade --lora."))
 
     @property
     def uses_adapter(self) -> bool:

@@ -128,6 +128,7 @@ def _card(job: Job, metrics: Metrics) -> str:
     rows = [
         (_("Base"), f"`{job.request.model}` ({job.base})"),
         (_("Método"), job.placement.reason),
+        *([(_("Parte de"), f"`{job.request.init_adapter}`")] if job.request.init_adapter else []),
         (
             _("Ejemplos"),
             _("{n} de entrenamiento, {m} reservados").format(n=metrics.examples, m=metrics.heldout_examples),

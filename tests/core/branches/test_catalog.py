@@ -97,6 +97,33 @@ def test_branch_without_training_files_is_a_data_error(tmp_path: Path) -> None:
     assert str(Path("physics") / "training" / "data") in caught.value.message
 
 
+def test_the_common_branch_has_the_rows_of_all(tmp_path: Path) -> None:
+    """It is no folder and not among the branches, and its hash changes with the rows of any of them."""
+    files = ("training/data/train.jsonl", "evaluation/data/test.jsonl")
+    music, physics = (make_branch(tmp_path, name, *files) for name in ("music", "physics"))
+    common = catalog.find_branch(tmp_path, catalog.COMMON_BRANCH)
+    assert common.training_files == (music / files[0], physics / files[0])
+    assert common.evaluation_files == (music / files[1], physics / files[1])
+    assert [branch.name for branch in catalog.find_branches(tmp_path)] == ["music", "physics"]
+    before = catalog.data_hash(common)
+    (physics / files[0]).write_text(2 * ROW, encoding="utf-8")
+    assert catalog.data_hash(catalog.find_branch(tmp_path, catalog.COMMON_BRANCH)) != before
+
+
+def test_a_folder_may_be_called_common(tmp_path: Path) -> None:
+    """Then it is a branch like others, with its own rows alone."""
+    folder = make_branch(tmp_path, "common", "training/data/train.jsonl")
+    make_branch(tmp_path, "physics", "training/data/train.jsonl")
+    assert catalog.find_branch(tmp_path, "common").folder == folder
+
+
+def test_without_rows_there_is_no_common_branch(tmp_path: Path) -> None:
+    """It is unknown like any other."""
+    make_branch(tmp_path, "physics")
+    with pytest.raises(RequestError, match="No hay ninguna rama «common»"):
+        catalog.find_branch(tmp_path, "common")
+
+
 def test_data_hash_knows_contents_names_and_parts(tmp_path: Path) -> None:
     """The hash is that of the data wherever they lie, and changes with a content, a name, or a file's part."""
     folder = make_branch(tmp_path / "one", "physics", "training/data/train.jsonl", "evaluation/data/test.jsonl")

@@ -1,0 +1,107 @@
+"""The adapter that training begins with in place of a blank one: another specialist's, or any LoRA in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sheily_train import durable, paths
+from sheily_train.core.training import specialist
+from sheily_train.core.training.request import TrainRequest
+from sheily_train.errors import RequestError
+from sheily_train.i18n import _
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find(request: TrainRequest) -> Path:
+    """The folder of ``request.init_adapter``: a trained branch's, where one is called so, else a path.
+
+    Raises:
+        RequestError: there is no adapter, or it is the folder that the run itself will fill.
+    """
+    name = request.init_adapter
+    folders = [paths.models_dir() / name, Path(name).expanduser()]
+    found = next((folder for folder in folders if (folder / paths.ADAPTER_WEIGHTS).is_file()), None)
+    if found is None:
+        raise RequestError(
+            _("--init-adapter {name}: no hay ningún adaptador en {folders}.").format(
+                name=name, folders=_(" ni en ").join(map(str, folders))
+            ),
+            mend=_("Entrénalo antes con --lora, o da la carpeta de uno con el formato de PEFT."),
+        )
+    if found.resolve() == request.model_folder.resolve():
+        raise RequestError(
+            _("--init-adapter {name}: es la misma carpeta que recibirá el resultado.").format(name=name),
+            mend=_("Elige otra con --output, y el adaptador de partida queda como está."),
+        )
+    return found
+
+
+def weights_hash(request: TrainRequest) -> str:
+    """The sha256 of the adapter's weights, in hexadecimal; empty when training begins with a blank one."""
+    return durable.sha256_file(find(request) / paths.ADAPTER_WEIGHTS) if request.init_adapter else ""
+
+
+def check(request: TrainRequest, base: str, blank: Mapping[str, torch.Tensor]) -> None:
+    """Raise RequestError unless the adapter fits.
+
+    Args:
+        request: the rank, scale and layers it must have.
+        base: what the base model is, as :func:`~sheily_train.core.training.bases.identity` tells.
+        blank: the tensors of the adapter that is asked for, by PEFT's name without the adapter's; with or without data.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = find(request)
+    try:
+        config = json.loads((folder / paths.ADAPTER_CONFIG).read_bytes())
+        with safe_open(folder / paths.ADAPTER_WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RequestError(
+            _("El adaptador de {folder} no se puede leer: {error}.").format(folder=folder, error=error),
+            mend=_("Entrénalo de nuevo, o copia otra vez su carpeta."),
+        ) from error
+    trained = specialist.read_config(folder)
+    if trained and trained["base"] != base:
+        raise _misfit(
+            folder,
+            _("es de la base {its}, no de {asked}").format(its=trained["base"], asked=base),
+            _("Pide la suya con --model."),
+        )
+    mend = _("Pide lo mismo que él: --lora-r {r} --lora-alpha {lora_alpha} --lora-targets {targets}").format(
+        r=config.get("r"), lora_alpha=config.get("lora_alpha"), targets=_targets(config)
+    )
+    if shapes != {name: tuple(tensor.shape) for name, tensor in blank.items()}:
+        raise _misfit(folder, _("sus tensores no son los pedidos"), mend)
+    if _scale(config) != request.effective_alpha / request.lora_r:
+        raise _misfit(folder, _("su escala no es la pedida"), mend)
+
+
+def load(request: TrainRequest) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by PEFT's name without the adapter's."""
+    from safetensors.torch import load_file
+
+    return load_file(find(request) / paths.ADAPTER_WEIGHTS)
+
+
+def _misfit(folder: Path, why: str, mend: str) -> RequestError:
+    return RequestError(
+        _("El adaptador de {folder} no sirve de partida: {why}.").format(folder=folder, why=why), mend=mend
+    )
+
+
+def _targets(config: dict[str, Any]) -> str:
+    targets = config.get("target_modules") or "?"
+    return targets if isinstance(targets, str) else ",".join(sorted({name.rpartition(".")[2] for name in targets}))
+
+
+def _scale(config: dict[str, Any]) -> float | None:
+    """By what PEFT multiplies the product of the two factors; ``None`` when it is not the same in every layer."""
+    if config.get("use_rslora") or config.get("alpha_pattern") or not config.get("r"):
+        return None
+    return float(config["lora_alpha"] / config["r"])
