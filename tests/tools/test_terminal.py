@@ -14,6 +14,7 @@ START: dict[str, Any] = {
     "event": "start",
     "branch": "physics",
     "model": "smollm2-135m",
+    "init_adapter": "",
     "placement": {"reason": "CPU con [2] hilos"},
     "format": "prompt/completion",
     "examples": 64,

@@ -21,12 +21,14 @@ class Identity:
     Attributes:
         branch, data_hash: what it learns from.
         base: what the base model is.
+        initial: the sha256 of the adapter's weights that it begins with; empty for a blank one.
         key: a name for the run, equal for requests that lead to the same weights.
     """
 
     branch: catalog.Branch
     data_hash: str
     base: str
+    initial: str
     key: str
 
 
@@ -35,7 +37,7 @@ def identify(request: TrainRequest) -> Identity:
     branch = catalog.find_branch(request.branches_dir, request.branch)
     data_hash, base = catalog.data_hash(branch), bases.identity(request.model)
     content = [_STATE_VERSION, request.identity(), data_hash, base]
-    if begins_with := initial_adapter.weights_hash(request):
-        content.append(begins_with)
+    if initial := initial_adapter.weights_hash(request):
+        content.append(initial)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return Identity(branch, data_hash, base, key)
+    return Identity(branch, data_hash, base, initial, key)

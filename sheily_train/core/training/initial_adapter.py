@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheily_train import durable, paths
+from sheily_train.core.branches import catalog
 from sheily_train.core.training import specialist
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import RequestError
@@ -31,7 +33,9 @@ def find(request: TrainRequest) -> Path:
             _("--init-adapter {name}: no hay ningún adaptador en {folders}.").format(
                 name=name, folders=_(" ni en ").join(map(str, folders))
             ),
-            mend=_("Entrénalo antes con --lora, o da la carpeta de uno con el formato de PEFT."),
+            mend=_("Entrénalo antes con: sheily train --branch {name} --lora").format(name=name)
+            if catalog.is_name(name)
+            else _("Da la carpeta de un adaptador LoRA con el formato de PEFT."),
         )
     if found.resolve() == request.model_folder.resolve():
         raise RequestError(
@@ -82,11 +86,18 @@ def check(request: TrainRequest, base: str, blank: Mapping[str, torch.Tensor]) -
         raise _misfit(folder, _("su escala no es la pedida"), mend)
 
 
-def load(request: TrainRequest) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, by PEFT's name without the adapter's."""
-    from safetensors.torch import load_file
+def load(request: TrainRequest, known_hash: str) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by PEFT's name without the adapter's. Raises RequestError when they are others by now."""
+    from safetensors.torch import load
 
-    return load_file(find(request) / paths.ADAPTER_WEIGHTS)
+    folder = find(request)
+    content = (folder / paths.ADAPTER_WEIGHTS).read_bytes()
+    if hashlib.sha256(content).hexdigest() != known_hash:
+        raise RequestError(
+            _("El adaptador de {folder} ha cambiado entretanto.").format(folder=folder),
+            mend=_("Repite la orden cuando haya terminado lo que lo escribe."),
+        )
+    return load(content)
 
 
 def _misfit(folder: Path, why: str, mend: str) -> RequestError:

@@ -39,6 +39,7 @@ class Job:
         row_format: the format of its rows, after which questions are put later.
         rows, heldout: training and held-out rows as tokens.
         base: what the base model is.
+        initial: the sha256 of the adapter's weights that it begins with; empty for a blank one.
         placement: where and how it runs.
         shape, work: the sizes behind the estimates.
         takes_several: whether the model takes adapters of several branches at once.
@@ -54,6 +55,7 @@ class Job:
     heldout: Sequence[TokenRow]
     tokenizer: PreTrainedTokenizerBase
     base: str
+    initial: str
     placement: Placement
     shape: Shape
     work: Workload
@@ -155,6 +157,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
         heldout=judged,
         tokenizer=tokenizer,
         base=identity.base,
+        initial=identity.initial,
         placement=placement,
         shape=shape,
         work=work,

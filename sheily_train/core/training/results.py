@@ -79,6 +79,7 @@ def write(
         "request": job.request.to_json() | {"micro_tokens": job.placement.micro_tokens},
         "key": job.key,
         "base": job.base,
+        "initial_adapter": job.initial or None,
         "data": {
             "hash": job.data_hash,
             "format": job.row_format.value,

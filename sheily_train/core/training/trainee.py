@@ -115,7 +115,7 @@ class Trainee:
             self.progress = _progress(saved, job.placement.micro_tokens)
         else:
             self.progress = Progress(job.placement.micro_tokens, before=self._evaluate(step=0))
-            if job.request.init_adapter:
+            if job.initial:
                 self._load_initial_adapter()
         self._saved = None  # its tensors are the engine's now
         self.clock = Clock(
@@ -127,7 +127,7 @@ class Trainee:
         )
 
     def _load_initial_adapter(self) -> None:
-        tensors = initial_adapter.load(self.job.request)
+        tensors = initial_adapter.load(self.job.request, self.job.initial)
         named = {f"initial/{name}": tensors[saved_name(name)] for name in self.engine.parameters}
         self.engine.load_weights(named, "initial")
 

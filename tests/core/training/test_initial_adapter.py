@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sheily_train import paths
+from sheily_train import durable, paths
 from sheily_train.core.training import fleet
 from sheily_train.core.training.evaluation import compare_with_base
 from sheily_train.core.training.request import TrainRequest
@@ -60,6 +60,8 @@ def test_it_begins_where_the_other_ended(common: Path, settings: dict[str, Any])
     judged = compare_with_base("physics", paths.branches_dir(), common)
     assert result.metrics["heldout_before"]["loss"] == pytest.approx(judged["base"]["loss"], rel=1e-6)
     assert result.metrics["heldout_after"]["loss"] == pytest.approx(judged["specialist"]["loss"], rel=1e-6)
+    written = json.loads((result.folder / paths.TRAINING_CONFIG).read_text())
+    assert written["initial_adapter"] == durable.sha256_file(common / paths.ADAPTER_WEIGHTS)
     assert "| Parte de | `common` |" in (result.folder / paths.MODEL_CARD).read_text()
 
 
@@ -109,7 +111,8 @@ def test_side_by_side_each_begins_with_it(common: Path, settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("asked", "told", "mend"),
     [
-        ({"init_adapter": "comun"}, "no hay ningún adaptador", "Entrénalo antes"),
+        ({"init_adapter": "music"}, "no hay ningún adaptador", "sheily train --branch music --lora"),
+        ({"init_adapter": "/nowhere"}, "no hay ningún adaptador", "Da la carpeta"),
         ({"branch": "common"}, "la misma carpeta", "--output"),
         ({"lora_r": 4}, "sus tensores no son los pedidos", "--lora-r 8 --lora-alpha 16"),
         ({"lora_targets": ("q_proj",)}, "sus tensores no son los pedidos", "down_proj,gate_proj,k_proj,o_proj"),
@@ -148,6 +151,17 @@ def test_a_damaged_one_is_told(common: Path, settings: dict[str, Any], file: str
     with pytest.raises(RequestError, match="no se puede leer"):
         train_model(physics(settings))
     assert not (paths.models_dir() / "physics").exists()
+
+
+def test_one_that_changes_meanwhile_is_told(common: Path, settings: dict[str, Any]) -> None:
+    """A run never begins with other weights than those it is known by."""
+
+    def change(record: Record) -> None:
+        if record["event"] == "eval":
+            (common / paths.ADAPTER_WEIGHTS).write_bytes(b"others")
+
+    with pytest.raises(RequestError, match="ha cambiado"):
+        train_model(physics(settings), listeners=(change,))
 
 
 def test_it_needs_an_adapter_to_train(settings: dict[str, Any]) -> None:

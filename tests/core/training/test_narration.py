@@ -12,6 +12,7 @@ START: dict[str, Any] = {
     "event": "start",
     "branch": "physics",
     "model": "smollm2-135m",
+    "init_adapter": "",
     "placement": {"reason": "CPU con 2 hilos, bf16, LoRA"},
     "format": "prompt/completion",
     "examples": 64,
@@ -41,6 +42,11 @@ def test_the_first_lines_tell_what_will_be_done() -> None:
         "Memoria: unos 1.5 GB de 21.0 GB libres",
         "Disco: unos 37 MB de 5000 MB libres",
     ]
+
+
+def test_an_adapter_that_it_begins_with_is_told() -> None:
+    """After the branch."""
+    assert describe(START | {"init_adapter": "common"})[1] == "Parte del adaptador common"
 
 
 def test_a_resumed_run_says_where_it_goes_on() -> None:
