@@ -21,19 +21,31 @@ from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.trainer import train_model
 from sheily_train.errors import Interrupted, RequestError
 from sheily_train.runlog import Record
+from tests.conftest import make_home
 from tests.tiny import tiny_model
+
+SETTINGS: dict[str, Any] = {"lora": True, "epochs": 3, "lr": 1e-2, "precision": "fp32"}
 
 
 @pytest.fixture
 def settings(home: Path, tiny_llama: Path) -> dict[str, Any]:
     """Those that all requests of a test share."""
-    return {"model": str(tiny_llama), "lora": True, "epochs": 3, "lr": 1e-2, "precision": "fp32"}
+    return {"model": str(tiny_llama)} | SETTINGS
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The folder of an adapter that has learned from the rows of two branches."""
+    root = make_home(tmp_path_factory.mktemp("common"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SHEILY_HOME", str(root))
+        return train_model(TrainRequest(branch="common", model=str(tiny_llama), **SETTINGS)).folder
 
 
 @pytest.fixture
-def common(settings: dict[str, Any]) -> Path:
-    """The folder of an adapter that has learned from the rows of both branches."""
-    return train_model(TrainRequest(branch="common", **settings)).folder
+def common(home: Path, trained: Path) -> Path:
+    """Its copy among the test's own models."""
+    return Path(shutil.copytree(trained, paths.models_dir() / "common"))
 
 
 def physics(settings: dict[str, Any], **others: Any) -> TrainRequest:
