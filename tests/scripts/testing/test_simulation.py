@@ -81,7 +81,7 @@ def test_a_broken_promise_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_missing_safeguard_is_noticed(mutant: mutants.Mutant) -> None:
     """The simulation fails on a copy of the package in which the safeguard is taken out."""
-    well, text = mutants.verdict(mutant, {"simulation": 600}, jobs=2)
+    well, text = mutants.verdict(mutant, {"simulation": 600}, jobs=1)
     assert well, text
 
 
