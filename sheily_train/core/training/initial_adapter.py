@@ -31,7 +31,7 @@ def find(request: TrainRequest) -> Path:
     if found is None:
         raise RequestError(
             _("--init-adapter {name}: no hay ningún adaptador en {folders}.").format(
-                name=name, folders=_(" ni en ").join(map(str, folders))
+                name=name, folders=_(" ni en ").join(dict.fromkeys(map(str, folders)))
             ),
             mend=_("Entrénalo antes con: sheily train --branch {name} --lora").format(name=name)
             if catalog.is_name(name)
