@@ -10,7 +10,7 @@ from sheily_train.core.branches import catalog
 from sheily_train.core.training import bases, initial_adapter
 from sheily_train.core.training.request import TrainRequest
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 """Raised when a checkpoint of the code before can no longer be continued to the same bits."""
 
 

@@ -207,7 +207,7 @@ def _measured(request: TrainRequest, _base: str, count: int) -> tuple[PreTrained
     shape = budget.model_shape(model)
     if not request.uses_adapter:
         return model, shape, shape.parameters
-    adapted: Any = adapters.create_lora_model(model, request, count)
+    adapted: Any = adapters.create_lora_model(model, request, count).to("meta")  # PEFT leaves all but the first out
     return adapted, shape, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
