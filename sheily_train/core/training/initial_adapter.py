@@ -62,10 +62,10 @@ def check(request: TrainRequest, base: str, blank: Mapping[str, torch.Tensor]) -
 
     folder = find(request)
     try:
-        config = json.loads((folder / paths.ADAPTER_CONFIG).read_bytes())
+        config = dict(json.loads((folder / paths.ADAPTER_CONFIG).read_bytes()))
         with safe_open(folder / paths.ADAPTER_WEIGHTS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise RequestError(
             _("El adaptador de {folder} no se puede leer: {error}.").format(folder=folder, error=error),
             mend=_("Entrénalo de nuevo, o copia otra vez su carpeta."),
@@ -113,6 +113,7 @@ def _targets(config: dict[str, Any]) -> str:
 
 def _scale(config: dict[str, Any]) -> float | None:
     """By what PEFT multiplies the product of the two factors; ``None`` when it is not the same in every layer."""
-    if config.get("use_rslora") or config.get("alpha_pattern") or not config.get("r"):
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("use_rslora") or config.get("alpha_pattern") or not rank:
         return None
-    return float(config["lora_alpha"] / config["r"])
+    return alpha / rank if isinstance(alpha, int | float) and isinstance(rank, int) else None

@@ -147,7 +147,7 @@ def test_one_of_another_base_is_told(common: Path, settings: dict[str, Any], tmp
         train_model(physics(settings, model=str(other)))
 
 
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}, {"r": 0}])
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}, {"r": 0}, {"r": "8"}])
 def test_another_scale_than_ours_is_told(common: Path, settings: dict[str, Any], change: dict[str, Any]) -> None:
     """Adapters of other tools may multiply in another way; they are not taken for ours."""
     change_config(common, **change)
@@ -163,6 +163,13 @@ def test_a_damaged_one_is_told(common: Path, settings: dict[str, Any], file: str
     with pytest.raises(RequestError, match="no se puede leer"):
         train_model(physics(settings))
     assert not (paths.models_dir() / "physics").exists()
+
+
+def test_a_configuration_that_is_none_is_told(common: Path, settings: dict[str, Any]) -> None:
+    """JSON of another kind is not taken for one."""
+    (common / paths.ADAPTER_CONFIG).write_text("8")
+    with pytest.raises(RequestError, match="no se puede leer"):
+        train_model(physics(settings))
 
 
 def test_one_that_changes_meanwhile_is_told(common: Path, settings: dict[str, Any]) -> None:
