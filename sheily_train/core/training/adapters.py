@@ -27,11 +27,6 @@ def adapter_names(count: int) -> list[str]:
     return [LONE_ADAPTER, *(f"{LONE_ADAPTER}{number}" for number in range(1, count))]
 
 
-def saved_name(name: str) -> str:
-    """What PEFT's files call a lone adapter's parameter ``name``."""
-    return ".".join(part for part in name.split(".") if part != LONE_ADAPTER)
-
-
 def create_lora_model(model: PreTrainedModel, request: TrainRequest, count: int = 1) -> PeftModel:
     """Freeze ``model`` and put ``count`` equal LoRA adapters on it, each drawn from the request's seed.
 

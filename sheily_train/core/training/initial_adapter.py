@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sheily_train import durable, paths
 from sheily_train.core.branches import catalog
@@ -14,9 +13,6 @@ from sheily_train.core.training import specialist
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import RequestError
 from sheily_train.i18n import _
-
-if TYPE_CHECKING:
-    import torch
 
 
 def find(request: TrainRequest) -> Path:
@@ -50,14 +46,15 @@ def weights_hash(request: TrainRequest) -> str:
     return durable.sha256_file(find(request) / paths.ADAPTER_WEIGHTS) if request.init_adapter else ""
 
 
-def check(request: TrainRequest, base: str, blank: Mapping[str, torch.Tensor]) -> None:
+def check(request: TrainRequest, base: str, model: Any) -> None:
     """Raise RequestError unless the adapter fits.
 
     Args:
         request: the rank, scale and layers it must have.
         base: what the base model is, as :func:`~sheily_train.core.training.bases.identity` tells.
-        blank: the tensors of the adapter that is asked for, by PEFT's name without the adapter's; with or without data.
+        model: one with a blank adapter as it is asked for, with or without data.
     """
+    from peft import get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     folder = find(request)
@@ -80,14 +77,15 @@ def check(request: TrainRequest, base: str, blank: Mapping[str, torch.Tensor]) -
     mend = _("Pide lo mismo que él: --lora-r {r} --lora-alpha {lora_alpha} --lora-targets {targets}").format(
         r=config.get("r"), lora_alpha=config.get("lora_alpha"), targets=_targets(config)
     )
-    if shapes != {name: tuple(tensor.shape) for name, tensor in blank.items()}:
+    if shapes != {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}:
         raise _misfit(folder, _("sus tensores no son los pedidos"), mend)
     if _scale(config) != request.effective_alpha / request.lora_r:
         raise _misfit(folder, _("su escala no es la pedida"), mend)
 
 
-def load(request: TrainRequest, known_hash: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, by PEFT's name without the adapter's. Raises RequestError when they are others by now."""
+def load(request: TrainRequest, known_hash: str, model: Any, adapter: str) -> None:
+    """Give its weights to an adapter of a model. Raises RequestError when they are others by now."""
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load
 
     folder = find(request)
@@ -97,7 +95,7 @@ def load(request: TrainRequest, known_hash: str) -> dict[str, torch.Tensor]:
             _("El adaptador de {folder} ha cambiado entretanto.").format(folder=folder),
             mend=_("Repite la orden cuando haya terminado lo que lo escribe."),
         )
-    return load(content)
+    set_peft_model_state_dict(model, load(content), adapter_name=adapter)
 
 
 def _misfit(folder: Path, why: str, mend: str) -> RequestError:

@@ -133,8 +133,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
     model, shape, trainable = _measure(request, identity.base)
     if request.init_adapter:
-        blank = {adapters.saved_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-        initial_adapter.check(request, identity.base, blank)
+        initial_adapter.check(request, identity.base, model)
     work = budget.workload(
         rows,
         judged,

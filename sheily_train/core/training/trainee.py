@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sheily_train.core.training import checkpoint, hardware, initial_adapter, results, specialist
-from sheily_train.core.training.adapters import LONE_ADAPTER, saved_name
+from sheily_train.core.training.adapters import LONE_ADAPTER
 from sheily_train.core.training.clock import Clock
 from sheily_train.core.training.data import TokenRow
 from sheily_train.core.training.engine import Engine, StepResult
@@ -116,7 +116,7 @@ class Trainee:
         else:
             self.progress = Progress(job.placement.micro_tokens, before=self._evaluate(step=0))
             if job.initial:
-                self._load_initial_adapter()
+                initial_adapter.load(job.request, job.initial, model, adapter)
         self._saved = None  # its tensors are the engine's now
         self.clock = Clock(
             seconds_before=saved.state["seconds"] if saved else 0.0,
@@ -125,11 +125,6 @@ class Trainee:
             save_steps=job.request.save_steps,
             save_minutes=job.request.save_minutes,
         )
-
-    def _load_initial_adapter(self) -> None:
-        tensors = initial_adapter.load(self.job.request, self.job.initial)
-        named = {f"initial/{name}": tensors[saved_name(name)] for name in self.engine.parameters}
-        self.engine.load_weights(named, "initial")
 
     @property
     def ended(self) -> bool:
