@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from sheily_train.core.training.kernels import available, kernel
+
 LOGITS_AT_ONCE = 8_388_608
 """Numbers of one chunk of logits: 170 tokens of a vocabulary of 49,152."""
 
@@ -31,10 +33,17 @@ class AnswerLoss(torch.autograd.Function):
         losses_A = torch.empty(len(targets_A), dtype=torch.float32, device=hidden_AD.device)
         gradient_AD = torch.empty_like(hidden_AD) if ctx.needs_input_grad[0] else None
         size = max(1, LOGITS_AT_ONCE // len(weight_VD))
+        compiled = softcap is None and hidden_AD.device.type == "cpu" and available(hidden_AD.dtype)
         for start in range(0, len(targets_A), size):
             chunk = slice(start, start + size)
             targets = targets_A[chunk, None]
             logits = functional.linear(hidden_AD[chunk], weight_VD, bias_V)
+            if compiled:
+                wanted = int(gradient_AD is not None)
+                kernel("cross_entropy", logits.dtype)(logits, targets, losses_A[chunk], *logits.shape, wanted)
+                if gradient_AD is not None:
+                    torch.mm(logits, weight_VD, out=gradient_AD[chunk])
+                continue
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
             scaled = logits if softcap is None else logits * softcap

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sheily_train.core.training import kernels
 from sheily_train.core.training.adapters import adapter_names
 from sheily_train.core.training.answer_loss import LOGITS_AT_ONCE
 from sheily_train.core.training.data import Pass, TokenRow
@@ -157,7 +158,9 @@ def counted_memory(adapted: PreTrainedModel, pieces: Pass, placement: Placement)
     vocabulary = adapted.config.get_text_config().vocab_size
     logits = min(LOGITS_AT_ONCE, vocabulary * sum(row.answer_tokens for _number, rows in pieces for row in rows))
     kept = _kept_for_backward(adapted, pieces, placement) * (1 + _BACKWARD_SHARE)
-    return int(_PROCESS_BYTES + frozen + 4 * trained + kept + logits * (4 + 2 * _WIDTH[placement.precision]))
+    width = _WIDTH[placement.precision]
+    per_logit = width if placement.device == "cpu" and kernels.available(adapted.dtype) else 4 + 2 * width
+    return int(_PROCESS_BYTES + frozen + 4 * trained + kept + logits * per_logit)
 
 
 def _kept_for_backward(model: PreTrainedModel, pieces: Pass, placement: Placement) -> int:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from sheily_train.core.training.answer_loss import answer_loss
 from sheily_train.core.training.data import IGNORED, TokenRow, collate
+from sheily_train.core.training.fused_layers import fused, fused_layers
 from sheily_train.core.training.lora_product import lora_layers, written_out
 from sheily_train.core.training.packed_attention import packed_attention
 from sheily_train.core.training.packing import pack
@@ -65,7 +66,7 @@ class PaddedForward:
 
 
 class PackedForward:
-    """Rows without padding, equal beginnings once, logits of answer tokens only, LoRA by its written-out product."""
+    """Rows without padding, equal beginnings once, logits of answer tokens only, layers by their written-out forms."""
 
     def __init__(self, model: Any, placement: Placement) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -73,6 +74,7 @@ class PackedForward:
         self._decoder, self._head = causal.get_decoder(), causal.get_output_embeddings()
         self._device = next(causal.parameters()).device
         self._layers = lora_layers(model)
+        self._fused = fused_layers(self._decoder, causal.dtype) if placement.device == "cpu" else []
         self._softcap = getattr(causal.config, "final_logit_softcapping", None)
         self._draws = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
         self._draws |= getattr(causal.config, "attention_dropout", 0.0) > 0
@@ -90,6 +92,7 @@ class PackedForward:
             self._placement.autocast(),
             packed_attention(self._config, self._placement.attention),
             written_out(self._layers, names, packed.node_bounds),
+            fused(self._fused),
         ):
             hidden_1ND = self._decoder(
                 input_ids=packed.ids_N[None], position_ids=packed.positions_N[None], use_cache=False, pack=packed

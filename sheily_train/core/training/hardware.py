@@ -15,6 +15,7 @@ import torch
 
 from sheily_train import __version__
 from sheily_train.core.processor import cpu_has_fast_bf16
+from sheily_train.core.training import kernels
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -88,7 +89,7 @@ def free_disk(folder: Path) -> int:
 
 
 def fingerprint(device: str) -> dict[str, Any]:
-    """What two runs must share to agree bit for bit: software versions, processor or card, threads."""
+    """What two runs must share to agree bit for bit: versions, processor or card, threads, compiled kernels."""
     import peft
     import transformers
 
@@ -102,6 +103,7 @@ def fingerprint(device: str) -> dict[str, Any]:
         "device": device,
         "processor": processor,
         "threads": torch.get_num_threads(),
+        "kernels": kernels.fingerprint() if device == "cpu" else "",
     }
 
 

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from sheily_train.core.training.kernels import available, kernel
+
+_LANE = 16
+"""The kernels take rows whose length is a multiple of it, and ranks up to it."""
+
 
 class LoraProduct(torch.autograd.Function):
     """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`` with frozen W and bias; each stretch of tokens has its own A and B."""
@@ -30,31 +35,55 @@ class LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         """The product; ``factors`` are A [R, I] and B [O, R] of the first stretch, then of the next."""
         y_NO = functional.linear(x_NI, weight_OI, bias_O)
-        cast = [factor.to(x_NI.dtype) for factor in factors]
-        inner = []
-        for (start, stop), a_RI, b_OR in zip(pairwise(bounds), cast[::2], cast[1::2], strict=True):
-            inner.append(_narrow(x_NI[start:stop], a_RI.T))
-            y_NO[start:stop].addmm_(inner[-1], b_OR.T, alpha=scale)
+        ctx.compiled = _is_compiled(x_NI, weight_OI, factors)
+        if not ctx.compiled:
+            factors = tuple(factor.to(x_NI.dtype) for factor in factors)
+        add = _add_compiled if ctx.compiled else _add
+        inner = [
+            add(x_NI[start:stop], a_RI, b_OR, y_NO[start:stop], scale)
+            for (start, stop), a_RI, b_OR in zip(pairwise(bounds), factors[::2], factors[1::2], strict=True)
+        ]
         ctx.scale, ctx.bounds = scale, bounds
-        ctx.save_for_backward(x_NI, weight_OI, *cast, *inner)
+        ctx.save_for_backward(x_NI, weight_OI, *factors, *inner)
         return y_NO
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         """Gradients at the input and at every A and B; none at W."""
-        (dy_NO,) = gradients
+        dy_NO = gradients[0].contiguous()
         x_NI, weight_OI, *saved = ctx.saved_tensors
         stretches = len(ctx.bounds) - 1
-        cast, inner = saved[: 2 * stretches], saved[2 * stretches :]
+        factors, inner = saved[: 2 * stretches], saved[2 * stretches :]
         dx_NI = dy_NO @ weight_OI if ctx.needs_input_grad[0] else None
+        gradients_at = _gradients_compiled if ctx.compiled else _gradients
         at_factors: list[torch.Tensor] = []
-        for (start, stop), a_RI, b_OR, u_NR in zip(pairwise(ctx.bounds), cast[::2], cast[1::2], inner, strict=True):
-            dy = dy_NO[start:stop]
-            du_NR = _narrow(dy, b_OR).mul_(ctx.scale)
-            if dx_NI is not None:
-                dx_NI[start:stop].addmm_(du_NR, a_RI)
-            at_factors += [(du_NR.T @ x_NI[start:stop]).float(), _narrow(dy.T, u_NR).float().mul_(ctx.scale)]
+        for (start, stop), a_RI, b_OR, u in zip(pairwise(ctx.bounds), factors[::2], factors[1::2], inner, strict=True):
+            dx = None if dx_NI is None else dx_NI[start:stop]
+            at_factors += gradients_at(dy_NO[start:stop], x_NI[start:stop], a_RI, b_OR, u, dx, ctx.scale)
         return dx_NI, None, None, None, None, *at_factors
+
+
+def _add(x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """Add ``scale · (x Aᵀ) Bᵀ`` to y; returns what is between the two products."""
+    inner = _narrow(x, a_RI.T)
+    y.addmm_(inner, b_OR.T, alpha=scale)
+    return inner
+
+
+def _gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    a_RI: torch.Tensor,
+    b_OR: torch.Tensor,
+    inner: torch.Tensor,
+    dx: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float32 gradients at A and B; that at x is added to dx."""
+    at_inner = _narrow(dy, b_OR).mul_(scale)
+    if dx is not None:
+        dx.addmm_(at_inner, a_RI)
+    return (at_inner.T @ x).float(), _narrow(dy.T, inner).float().mul_(scale)
 
 
 def _narrow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -63,6 +92,43 @@ def _narrow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Below 16 columns MKL takes two to five times as long as for the same numbers as rows, on a processor with AVX2.
     """
     return (right.T @ left.T).T if right.shape[1] < 16 else left @ right
+
+
+def _is_compiled(x_NI: torch.Tensor, weight_OI: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernels compute the narrow products: whole lanes, a low rank, where there are kernels."""
+    return (
+        all(size % _LANE == 0 for size in weight_OI.shape)
+        and all(len(a_RI) <= _LANE for a_RI in factors[::2])
+        and all(factor.dtype == torch.float32 for factor in factors)
+        and x_NI.device.type in ("cpu", "meta")
+        and available(x_NI.dtype)
+    )
+
+
+def _add_compiled(
+    x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, y: torch.Tensor, scale: float
+) -> torch.Tensor:
+    inner = torch.empty(len(x), _LANE, device=x.device)
+    if not x.is_meta:
+        kernel("lora", x.dtype)(x, a_RI, b_OR, y, inner, len(x), x.shape[1], y.shape[1], len(a_RI), scale)
+    return inner
+
+
+def _gradients_compiled(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    a_RI: torch.Tensor,
+    b_OR: torch.Tensor,
+    inner: torch.Tensor,
+    dx: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    da, db = torch.empty_like(a_RI), torch.empty_like(b_OR)
+    if not x.is_meta:
+        kernel("lora_backward", x.dtype)(
+            dy, x, a_RI, b_OR, inner, dx, da, db, len(x), x.shape[1], dy.shape[1], len(a_RI), scale
+        )
+    return da, db
 
 
 def lora_layers(model: torch.nn.Module) -> list[Any]:

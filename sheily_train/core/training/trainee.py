@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sheily_train.core.training import checkpoint, hardware, initial_adapter, results, specialist
+from sheily_train.core.training import checkpoint, hardware, initial_adapter, kernels, results, specialist
 from sheily_train.core.training.adapters import LONE_ADAPTER
 from sheily_train.core.training.clock import Clock
 from sheily_train.core.training.data import TokenRow
@@ -110,6 +110,8 @@ class Trainee:
         self.engine = Engine(model, job.request, job.placement, job.work.steps, adapter)
         if isinstance(self.engine.forward, PaddedForward):
             self.note(_("Este modelo no admite filas empaquetadas: se entrena por el camino común, más lento."))
+        elif job.placement.device == "cpu" and not kernels.available(model.dtype):
+            self.note(_("No hay un compilador de C (cc) que sirva: calcula solo PyTorch, más lento."))
         if saved:
             self.engine.load_state(saved.tensors, saved.state["scaler"])
             self.progress = _progress(saved, job.placement.micro_tokens)

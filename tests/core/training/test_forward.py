@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sheily_train.core.training import kernels
 from sheily_train.core.training.adapters import create_lora_model, leave_types_to_autocast, quiet_peft
 from sheily_train.core.training.data import IGNORED, TokenRow
 from sheily_train.core.training.forward import PACKED_MODELS, PackedForward, PaddedForward, choose_forward
+from sheily_train.core.training.fused_layers import fused_layers
 from sheily_train.core.training.lora_product import lora_layers
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.training_router import Placement
@@ -26,7 +28,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -191,6 +193,15 @@ def test_a_switched_off_adapter_leaves_the_base() -> None:
     assert abs(tuned - base) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("llama", 13), ("mistral", 13), ("qwen2", 13), ("qwen3", 19), ("gemma", 0)]
+)
+def test_the_kernels_stand_in_for_llama_like_layers(kind: str, parts: int, kernel_way: str) -> None:
+    """Norms, MLPs and attentions of three layers and the last norm; nothing of a decoder whose formulas are others."""
+    layers = fused_layers(adapted(tiny(kind)).get_base_model().get_decoder(), torch.float32)
+    assert len(layers) == (parts if kernel_way == "compiled" else 0)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     """After a pass its attention is transformers' own again and its layers compute as PEFT wrote them."""
     model = adapted(tiny("llama"))
@@ -224,6 +235,15 @@ def test_an_unknown_decoder_takes_the_padded_way() -> None:
     """A model that is not on the list is trained by transformers' own layers."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=97))
     assert isinstance(choose_forward(model, placement()), PaddedForward)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def kernel_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds with the compiled kernels and without them."""
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "_library", lambda _dtype: None)
+    assert kernels.available(torch.float32) == (request.param == "compiled")
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
