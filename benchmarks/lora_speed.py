@@ -16,6 +16,7 @@ computes a common beginning once can go beyond it.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -161,14 +162,18 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--targets", default="q_proj,v_proj")
     parser.add_argument("--max-steps", type=int, default=0)
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often every side is measured, in turn; the best counts"
+    )
+    parser.add_argument("--name", default="lora-speed", help="of the result, after its date")
     arguments = parser.parse_args()
     rows = []
-    for _ours, batch, precision in arguments.ours or [("ours", 32, "fp32")]:
-        rows.append(ours(arguments, batch, precision))
-        print(" · ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    for tool, batch, precision in arguments.tool or [("peft", 32, "fp32")]:
-        rows.append(peer(arguments, tool, batch, precision))
-        print(" · ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    for _round in range(arguments.rounds):
+        sides = [("ours", *rest) for _ours, *rest in arguments.ours or [("ours", 32, "fp32")]]
+        for tool, batch, precision in [*sides, *(arguments.tool or [("peft", 32, "fp32")])]:
+            measure = ours if tool == "ours" else functools.partial(peer, tool=tool)
+            rows.append(measure(arguments, batch=batch, precision=precision))
+            print(" · ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     mine = max((row for row in rows if row["tool"] == "sheily-train"), key=lambda row: row["examples_per_second"])
     ratios = {}
     for tool in sorted({row["tool"] for row in rows} - {"sheily-train"}):
@@ -186,7 +191,7 @@ def main() -> None:
         "limit": limit,
         "ratios": ratios,
     }
-    path = Path(__file__).parent / f"{date.today()}-lora-speed.json"
+    path = Path(__file__).parent / f"{date.today()}-{arguments.name}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 

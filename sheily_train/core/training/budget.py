@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sheily_train.core.training.training_router import Placement
 
-_PROCESS_BYTES = 680e6
+_PROCESS_BYTES = 600e6
 """Resident size of a process that has imported torch, transformers and peft."""
 
 _BACKWARD_SHARE = 0.1

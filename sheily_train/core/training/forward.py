@@ -74,7 +74,8 @@ class PackedForward:
         self._decoder, self._head = causal.get_decoder(), causal.get_output_embeddings()
         self._device = next(causal.parameters()).device
         self._layers = lora_layers(model)
-        self._fused = fused_layers(self._decoder, causal.dtype) if placement.device == "cpu" else []
+        on_cpu = placement.device == "cpu"
+        self._fused = fused_layers(self._decoder, causal.dtype, placement.attention) if on_cpu else []
         self._softcap = getattr(causal.config, "final_logit_softcapping", None)
         self._draws = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
         self._draws |= getattr(causal.config, "attention_dropout", 0.0) > 0

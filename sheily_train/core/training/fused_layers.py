@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sheily_train.core.training.kernels import available, kernel
+from sheily_train.core.training.kernels import LANE, available, kernel
 from sheily_train.core.training.packing import Pack
 
 _MODELS = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -154,24 +154,29 @@ def _window(module: Any) -> int | None:
     return window
 
 
-def fused_layers(decoder: torch.nn.Module, dtype: torch.dtype) -> list[tuple[Any, Fused]]:
-    """The modules of a decoder on a CPU that the kernels can stand in for, each with what does."""
+def fused_layers(decoder: torch.nn.Module, dtype: torch.dtype, attention: str) -> list[tuple[Any, Fused]]:
+    """The modules of a decoder on a CPU that the kernels can stand in for, each with what does.
+
+    Args:
+        decoder: transformers' module.
+        dtype: of its frozen weights.
+        attention: ``sdpa`` keeps PyTorch's own, which is the faster one for rows of a thousand tokens and more.
+    """
     if not available(dtype):
         return []
-    return [(module, fused) for module in decoder.modules() if (fused := _fused(module))]
+    layers = [(module, fused) for module in decoder.modules() if (fused := _fused(module))]
+    return [(module, fused) for module, fused in layers if fused is not _attention or attention == "eager"]
 
 
 def _fused(module: Any) -> Fused | None:
     name = type(module).__name__
-    model = next((model for model in _MODELS if name.startswith(model)), None)
-    if model is None:
-        return None
-    part = name.removeprefix(model)
+    model = next((model for model in _MODELS if name.startswith(model)), "")
+    part = name.removeprefix(model) if model else ""
     if part == "RMSNorm" and not module.weight.requires_grad:
         return _norm
     if part == "MLP" and module.config.hidden_act == "silu":
         return _mlp
-    if part == "Attention" and not module.attention_dropout and module.head_dim % 16 == 0:
+    if part == "Attention" and not module.attention_dropout and module.head_dim % LANE == 0:
         return _attention
     return None
 

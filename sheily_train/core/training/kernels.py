@@ -28,6 +28,9 @@ _FLAGS = ("-O3", "-funroll-loops", "-fopenmp", "-fno-math-errno", "-fno-trapping
 _NATIVE = ("-march=native", "-mprefer-vector-width=512") if platform.machine() == "x86_64" else ("-mcpu=native",)
 _TYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 
+LANE = 16
+"""Narrow products take rows whose length is a multiple of it, and ranks up to it; attention, heads of a multiple."""
+
 Kernel = Callable[..., None]
 
 

@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sheily_train.core.training.kernels import available, kernel
-
-_LANE = 16
-"""The kernels take rows whose length is a multiple of it, and ranks up to it."""
+from sheily_train.core.training.kernels import LANE, available, kernel
 
 
 class LoraProduct(torch.autograd.Function):
@@ -97,8 +94,8 @@ def _narrow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _is_compiled(x_NI: torch.Tensor, weight_OI: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
     """Whether the kernels compute the narrow products: whole lanes, a low rank, where there are kernels."""
     return (
-        all(size % _LANE == 0 for size in weight_OI.shape)
-        and all(len(a_RI) <= _LANE for a_RI in factors[::2])
+        all(size % LANE == 0 for size in weight_OI.shape)
+        and all(len(a_RI) <= LANE for a_RI in factors[::2])
         and all(factor.dtype == torch.float32 for factor in factors)
         and x_NI.device.type in ("cpu", "meta")
         and available(x_NI.dtype)
@@ -108,7 +105,7 @@ def _is_compiled(x_NI: torch.Tensor, weight_OI: torch.Tensor, factors: Sequence[
 def _add_compiled(
     x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, y: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    inner = torch.empty(len(x), _LANE, device=x.device)
+    inner = torch.empty(len(x), LANE, device=x.device)
     if not x.is_meta:
         kernel("lora", x.dtype)(x, a_RI, b_OR, y, inner, len(x), x.shape[1], y.shape[1], len(a_RI), scale)
     return inner

@@ -22,6 +22,9 @@ _EAGER_UP_TO = 384
 """Longest row, in tokens, for which eager attention is the faster one on a CPU (SDPA's backward is slow there)."""
 
 _MICRO_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+_CPU_BF16_MICRO_TOKENS = 4096
+"""oneDNN's products like many rows: below 1,280 it gives those of 576 columns to a single thread."""
+
 _USABLE_MEMORY = 0.9
 
 
@@ -136,7 +139,7 @@ def place_for_inference(device: str = "auto", precision: str = "auto") -> Placem
     target = _choose_target(device, machine)
     chosen = target.precisions(machine)[0] if precision == "auto" else precision
     return Placement(
-        target.name, target.name, chosen, "inference", "sdpa", _MICRO_TOKENS[target.name], target.label(machine)
+        target.name, target.name, chosen, "inference", "sdpa", _usual_tokens(target.name, chosen), target.label(machine)
     )
 
 
@@ -164,7 +167,7 @@ def _fitting_micro_tokens(
 ) -> int:
     """The usual size for the target, halved until it fits into the free memory."""
     free = int(target.free(machine) * _USABLE_MEMORY)
-    micro_tokens = _MICRO_TOKENS[target.name]
+    micro_tokens = _usual_tokens(target.name, precision)
     while True:
         needed = memory_needed(
             shape, work, method=method, precision=precision, attention=attention, micro_tokens=micro_tokens
@@ -174,6 +177,10 @@ def _fitting_micro_tokens(
         if micro_tokens <= work.longest:
             raise short_of_memory(needed, free)
         micro_tokens //= 2
+
+
+def _usual_tokens(device: str, precision: str) -> int:
+    return _CPU_BF16_MICRO_TOKENS if (device, precision) == ("cpu", "bf16") else _MICRO_TOKENS[device]
 
 
 def short_of_memory(needed: int, free: int) -> ResourceError:
