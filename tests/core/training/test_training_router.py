@@ -47,7 +47,7 @@ def needed(micro_tokens: int, work: Workload = WORK) -> int:
     ("machine", "device", "precision", "attention", "micro_tokens", "label"),
     [
         (CPU, "cpu", "fp32", "eager", 1024, "CPU con 4 hilos"),
-        (CPU_BF16, "cpu", "bf16", "eager", 1024, "CPU con 4 hilos"),
+        (CPU_BF16, "cpu", "bf16", "eager", 4096, "CPU con 4 hilos"),
         (MAC, "mps", "fp32", "sdpa", 2048, "Apple GPU"),
         (T4, "cuda", "fp16", "sdpa", 8192, "Tesla T4"),
         (A100, "cuda", "bf16", "sdpa", 8192, "NVIDIA A100"),
