@@ -344,7 +344,9 @@ int attention(const number *query, const number *key, const number *value, const
         float *room = calloc(columns * d * 2 + BLOCK * (d * 2 + columns), sizeof(float));
         float *key_T = room, *values = key_T + columns * d, *queries = values + columns * d;
         float *share = queries + BLOCK * d, *out = share + BLOCK * columns;
-        if (!room) failed = 1;
+        if (!room)
+#pragma omp atomic write
+            failed = 1;
 #pragma omp for schedule(static, 1)
         for (long item = 0; item < rows * key_heads; item++) {
             if (!room) continue;
@@ -383,7 +385,9 @@ int attention_backward(const number *dy, const number *query, const number *key,
         float *slope = queries + BLOCK * d, *at_queries = slope + BLOCK * d, *share = at_queries + BLOCK * d;
         float *at_share = share + BLOCK * columns;
         float *key_sums = sums + (size_t)thread * 2 * size, *value_sums = key_sums + size;
-        if (!room) failed = 1;
+        if (!room)
+#pragma omp atomic write
+            failed = 1;
         for (long item = thread; room && item < rows * key_heads; item += threads) {
             long b = item / key_heads, key_head = item % key_heads, length = lengths[b];
             panels(&of, b, key_head, key_T, NULL, value_T, keys);

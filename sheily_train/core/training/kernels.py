@@ -39,7 +39,7 @@ def kernel(name: str, dtype: torch.dtype) -> Kernel:
 
     Raises:
         LookupError: there is none; :func:`available` tells.
-        MemoryError: by the function, which has changed nothing then.
+        MemoryError: by the function; what it was to write is not to be used then.
     """
     library = _library(dtype)
     if library is None:
