@@ -159,7 +159,7 @@ def counted_memory(adapted: PreTrainedModel, pieces: Pass, placement: Placement)
     logits = min(LOGITS_AT_ONCE, vocabulary * sum(row.answer_tokens for _number, rows in pieces for row in rows))
     kept = _kept_for_backward(adapted, pieces, placement) * (1 + _BACKWARD_SHARE)
     width = _WIDTH[placement.precision]
-    per_logit = width if placement.device == "cpu" and kernels.available(adapted.dtype) else 4 + 2 * width
+    per_logit = width if placement.device == "cpu" and kernels.available(placement.dtype) else 4 + 2 * width
     return int(_PROCESS_BYTES + frozen + 4 * trained + kept + logits * per_logit)
 
 

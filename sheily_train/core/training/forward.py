@@ -75,7 +75,7 @@ class PackedForward:
         self._device = next(causal.parameters()).device
         self._layers = lora_layers(model)
         on_cpu = placement.device == "cpu"
-        self._fused = fused_layers(self._decoder, causal.dtype, placement.attention) if on_cpu else []
+        self._fused = fused_layers(self._decoder, placement.dtype, placement.attention) if on_cpu else []
         self._softcap = getattr(causal.config, "final_logit_softcapping", None)
         self._draws = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
         self._draws |= getattr(causal.config, "attention_dropout", 0.0) > 0

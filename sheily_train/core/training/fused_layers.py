@@ -159,7 +159,7 @@ def fused_layers(decoder: torch.nn.Module, dtype: torch.dtype, attention: str) -
 
     Args:
         decoder: transformers' module.
-        dtype: of its frozen weights.
+        dtype: what its products are computed in.
         attention: ``sdpa`` keeps PyTorch's own, which is the faster one for rows of a thousand tokens and more.
     """
     if not available(dtype):

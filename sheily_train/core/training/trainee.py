@@ -110,7 +110,7 @@ class Trainee:
         self.engine = Engine(model, job.request, job.placement, job.work.steps, adapter)
         if isinstance(self.engine.forward, PaddedForward):
             self.note(_("Este modelo no admite filas empaquetadas: se entrena por el camino común, más lento."))
-        elif job.placement.device == "cpu" and not kernels.available(model.dtype):
+        elif job.placement.device == "cpu" and not kernels.available(torch.float32):
             self.note(_("No hay un compilador de C (cc) que sirva: calcula solo PyTorch, más lento."))
         if saved:
             self.engine.load_state(saved.tensors, saved.state["scaler"])

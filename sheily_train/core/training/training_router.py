@@ -43,13 +43,18 @@ class Placement:
     @property
     def base_dtype(self) -> torch.dtype:
         """The type of the base's weights: low precision when they are frozen, float32 when they are trained."""
-        return _DTYPES[self.precision] if self.method != "full" else torch.float32
+        return self.dtype if self.method != "full" else torch.float32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that matrix products are computed in."""
+        return _DTYPES[self.precision]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Low-precision arithmetic over the float32 weights that are trained; nothing for a finished model."""
         if self.method == "inference" or self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device, dtype=_DTYPES[self.precision])
+        return torch.autocast(self.device, dtype=self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Every field, ready for JSON."""

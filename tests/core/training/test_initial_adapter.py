@@ -70,8 +70,10 @@ def test_it_begins_where_the_other_ended(common: Path, settings: dict[str, Any])
     for name, tensor in begun.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-11)
     judged = compare_with_base("physics", paths.branches_dir(), common)
-    assert result.metrics["heldout_before"]["loss"] == pytest.approx(judged["base"]["loss"], rel=1e-6)
-    assert result.metrics["heldout_after"]["loss"] == pytest.approx(judged["specialist"]["loss"], rel=1e-6)
+    assert result.metrics["heldout_before"]["loss"] == pytest.approx(
+        judged["base"]["loss"], rel=1e-4
+    )  # bf16, where the machine has it
+    assert result.metrics["heldout_after"]["loss"] == pytest.approx(judged["specialist"]["loss"], rel=1e-4)
     written = json.loads((result.folder / paths.TRAINING_CONFIG).read_text())
     assert written["initial_adapter"] == durable.sha256_file(common / paths.ADAPTER_WEIGHTS)
     assert "| Parte de | `common` |" in (result.folder / paths.MODEL_CARD).read_text()

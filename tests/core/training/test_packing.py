@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from hypothesis import given
@@ -36,12 +37,18 @@ def test_rows_can_be_read_back_from_their_nodes(groups: list[list[TokenRow]], sh
         if label != IGNORED
     ]
     assert list(zip(packed.sources_A.tolist(), packed.targets_A.tolist(), strict=True)) == answers
-    assert packed.nodes_BT.flatten()[packed.places_N].tolist() == list(range(len(packed.ids_N)))
+    own = packed.nodes_BT.max() + 1
+    assert packed.nodes_BT.flatten()[packed.places_N[:own]].tolist() == list(range(own))
+    known = -1
+    for nodes, first, length in zip(packed.nodes_BT.tolist(), packed.firsts_B, packed.lengths_B, strict=True):
+        assert all(node <= known for node in nodes[:first])
+        assert nodes[first:length] == list(range(known + 1, known + 1 + length - first))
+        known = max(known, *nodes[:length])
     assert packed.answers == tuple(
         sum(label != IGNORED for row in group for label in row.labels[1:]) for group in groups
     )
     for group, (start, stop) in zip(groups, pairwise(packed.node_bounds), strict=True):
-        assert stop - start <= sum(len(row.ids) for row in group)
+        assert min(stop, own) - start <= sum(len(row.ids) for row in group)
 
 
 @hypothesis_settings(deadline=None)
@@ -49,6 +56,9 @@ def test_rows_can_be_read_back_from_their_nodes(groups: list[list[TokenRow]], sh
 def test_each_beginning_stands_once_in_its_group(groups: list[list[TokenRow]]) -> None:
     """There are as many nodes as different beginnings, and as many as tokens when nothing is shared."""
     beginnings = [{row.ids[:stop] for row in group for stop in range(1, len(row.ids) + 1)} for group in groups]
-    assert len(pack(groups).ids_N) == sum(map(len, beginnings))
+    different = sum(map(len, beginnings))
     tokens = sum(len(row.ids) for group in groups for row in group)
-    assert len(pack(groups, share=False).ids_N) == tokens
+    for packed, count in ((pack(groups), different), (pack(groups, share=False), tokens)):
+        assert packed.nodes_BT.max() + 1 == count
+        assert (packed.lengths_B - packed.firsts_B).sum() == count
+        assert len(packed.ids_N) == packed.node_bounds[-1] == math.ceil(count / 32) * 32
