@@ -32,8 +32,7 @@ class RmsNorm(torch.autograd.Function):
         x = x.contiguous()
         y, size = torch.empty_like(x), x.shape[-1]
         inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        if not x.is_meta:
-            kernel("rms_norm", x.dtype)(x, weight_D, y, inverse, inverse.numel(), size, epsilon)
+        kernel("rms_norm", x.dtype)(x, weight_D, y, inverse, inverse.numel(), size, epsilon)
         ctx.save_for_backward(x, weight_D, inverse)
         return y
 
@@ -42,8 +41,7 @@ class RmsNorm(torch.autograd.Function):
         """The gradient at x."""
         x, weight_D, inverse = ctx.saved_tensors
         dy, dx = gradients[0].contiguous(), torch.empty_like(x)
-        if not x.is_meta:
-            kernel("rms_norm_backward", x.dtype)(dy, x, weight_D, inverse, dx, inverse.numel(), x.shape[-1])
+        kernel("rms_norm_backward", x.dtype)(dy, x, weight_D, inverse, dx, inverse.numel(), x.shape[-1])
         return dx, None, None
 
 
@@ -55,8 +53,7 @@ class SwiGlu(torch.autograd.Function):
         """The product, computed in float32."""
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        if not gate.is_meta:
-            kernel("swiglu", gate.dtype)(gate, up, y, gate.numel())
+        kernel("swiglu", gate.dtype)(gate, up, y, gate.numel())
         ctx.save_for_backward(gate, up)
         return y
 
@@ -65,8 +62,7 @@ class SwiGlu(torch.autograd.Function):
         """The gradients at gate and up."""
         gate, up = ctx.saved_tensors
         dy, dgate, dup = gradients[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        if not gate.is_meta:
-            kernel("swiglu_backward", gate.dtype)(dy, gate, up, dgate, dup, gate.numel())
+        kernel("swiglu_backward", gate.dtype)(dy, gate, up, dgate, dup, gate.numel())
         return dgate, dup
 
 
@@ -90,8 +86,7 @@ class RotaryAttention(torch.autograd.Function):
         output_NHS = torch.zeros_like(inputs[0])
         ctx.pack, ctx.sizes = pack, (*pack.nodes_BT.shape, query_NHS.shape[1], *key_NKS.shape[1:], window, scale)
         ctx.save_for_backward(*inputs)
-        if not query_NHS.is_meta:
-            kernel("attention", query_NHS.dtype)(*inputs, *_rows(pack), output_NHS, *ctx.sizes)
+        kernel("attention", query_NHS.dtype)(*inputs, *_rows(pack), output_NHS, *ctx.sizes)
         return output_NHS
 
     @staticmethod
@@ -99,15 +94,9 @@ class RotaryAttention(torch.autograd.Function):
         """The gradients at query, key and value."""
         inputs = ctx.saved_tensors
         changes = [torch.zeros_like(states) for states in inputs[:3]]
-        if not inputs[0].is_meta:
-            kernel("attention_backward", inputs[0].dtype)(
-                gradients[0].contiguous(),
-                *inputs,
-                *_rows(ctx.pack),
-                *changes,
-                len(inputs[0]),
-                *ctx.sizes,
-            )
+        kernel("attention_backward", inputs[0].dtype)(
+            gradients[0].contiguous(), *inputs, *_rows(ctx.pack), *changes, len(inputs[0]), *ctx.sizes
+        )
         return *changes, None, None, None, None, None
 
 

@@ -37,6 +37,8 @@ Kernel = Callable[..., None]
 def kernel(name: str, dtype: torch.dtype) -> Kernel:
     """A function of ``kernels.c`` for numbers of this type: tensors go in as their first element's address.
 
+    On PyTorch's meta device it does nothing, as all that computes there.
+
     Raises:
         LookupError: there is none; :func:`available` tells.
         MemoryError: by the function; what it was to write is not to be used then.
@@ -46,8 +48,8 @@ def kernel(name: str, dtype: torch.dtype) -> Kernel:
         raise LookupError(name)
     function = getattr(library, name)
 
-    def run(*arguments: Any) -> None:
-        if function(*map(_c, arguments), ctypes.c_int(torch.get_num_threads())):
+    def run(first: torch.Tensor, *others: Any) -> None:
+        if not first.is_meta and function(*map(_c, (first, *others)), ctypes.c_int(torch.get_num_threads())):
             raise MemoryError(name)
 
     return run

@@ -106,8 +106,7 @@ def _add_compiled(
     x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, y: torch.Tensor, scale: float
 ) -> torch.Tensor:
     inner = torch.empty(len(x), LANE, device=x.device)
-    if not x.is_meta:
-        kernel("lora", x.dtype)(x, a_RI, b_OR, y, inner, len(x), x.shape[1], y.shape[1], len(a_RI), scale)
+    kernel("lora", x.dtype)(x, a_RI, b_OR, y, inner, len(x), x.shape[1], y.shape[1], len(a_RI), scale)
     return inner
 
 
@@ -121,10 +120,9 @@ def _gradients_compiled(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     da, db = torch.empty_like(a_RI), torch.empty_like(b_OR)
-    if not x.is_meta:
-        kernel("lora_backward", x.dtype)(
-            dy, x, a_RI, b_OR, inner, dx, da, db, len(x), x.shape[1], dy.shape[1], len(a_RI), scale
-        )
+    kernel("lora_backward", x.dtype)(
+        dy, x, a_RI, b_OR, inner, dx, da, db, len(x), x.shape[1], dy.shape[1], len(a_RI), scale
+    )
     return da, db
 
 
