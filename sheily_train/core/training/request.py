@@ -76,7 +76,7 @@ class TrainRequest:
         decides_weights=False,
     )
     lr: float | None = _setting(
-        None, _("Tasa de aprendizaje; por defecto 1e-3 con LoRA y 5e-5 sin él."), "--learning-rate", above=0
+        None, _("Tasa de aprendizaje; por defecto 5e-5, y con LoRA 1e-3, o más con pocas --lora-targets."), "--learning-rate", above=0
     )
     schedule: str = _setting(
         "cosine", _("Curso de la tasa de aprendizaje."), "--lr-scheduler-type", choices=("cosine", "linear", "constant")
@@ -134,10 +134,13 @@ class TrainRequest:
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate."""
+        """The peak learning rate; the fewer layers of a block have an adapter, the more each has to learn."""
         if self.lr is not None:
             return self.lr
-        return 1e-3 if self.uses_adapter else 5e-5
+        if not self.uses_adapter:
+            return 5e-5
+        all_linear = self.lora_targets == ("all-linear",)
+        return 1e-3 if all_linear else max(1e-3, min(4e-3, 7e-3 / len(self.lora_targets)))
 
     @property
     def effective_alpha(self) -> float:
@@ -155,10 +158,11 @@ class TrainRequest:
         return self.output if self.output is not None else paths.models_dir() / self.branch
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the weights, ready for JSON."""
-        return {
+        """The settings that decide the weights, ready for JSON; what was left open as what it comes to."""
+        chosen = {
             item.name: _jsonable(getattr(self, item.name)) for item in fields(self) if item.metadata["decides_weights"]
         }
+        return chosen | {"lr": self.learning_rate, "lora_alpha": self.effective_alpha}
 
     def to_json(self) -> dict[str, Any]:
         """Every setting, ready for JSON; ``--config`` reads it back."""

@@ -169,10 +169,12 @@ def test_an_earlier_runs_config_repeats_its_request(tmp_path: Path) -> None:
         ({"seed": 1}, False),
         ({"branch": "music"}, False),
         ({"lora_targets": ("q_proj",)}, False),
+        ({"lr": 5e-5, "lora_alpha": 16.0}, True),
+        ({"lr": 6e-5}, False),
     ],
 )
 def test_identity_is_what_decides_the_weights(change: dict[str, Any], same: bool) -> None:
-    """Where things are put and how often they are saved make no other run."""
+    """Where things are put, how often they are saved, and a default that is spelled out make no other run."""
     request = TrainRequest(branch="physics")
     assert (replace(request, **change).identity() == request.identity()) is same
     assert json.loads(json.dumps(request.identity())) == request.identity()
@@ -184,13 +186,16 @@ def test_identity_is_what_decides_the_weights(change: dict[str, Any], same: bool
         ({}, False, 5e-5, 16.0),
         ({"lora": True}, True, 1e-3, 16.0),
         ({"qlora": True, "lora_r": 4}, True, 1e-3, 8.0),
+        ({"lora": True, "lora_targets": ("q_proj", "v_proj")}, True, 3.5e-3, 16.0),
+        ({"lora": True, "lora_targets": ("v_proj",)}, True, 4e-3, 16.0),
+        ({"lora": True, "lora_targets": tuple("abcdefgh")}, True, 1e-3, 16.0),
         ({"lora": True, "lr": 0.5, "lora_alpha": 3.0}, True, 0.5, 3.0),
     ],
 )
 def test_what_was_left_open_follows_from_the_method(
     fields: dict[str, Any], uses_adapter: bool, rate: float, alpha: float
 ) -> None:
-    """Learning rate by method, adapter scale by rank; what was asked stays."""
+    """Learning rate by method and adapted layers, adapter scale by rank; what was asked stays."""
     request = TrainRequest(**fields)
     assert (request.uses_adapter, request.learning_rate, request.effective_alpha) == (uses_adapter, rate, alpha)
 
