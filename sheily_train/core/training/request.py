@@ -76,7 +76,10 @@ class TrainRequest:
         decides_weights=False,
     )
     lr: float | None = _setting(
-        None, _("Tasa de aprendizaje; por defecto 5e-5, y con LoRA 1e-3, o más con pocas --lora-targets."), "--learning-rate", above=0
+        None,
+        _("Tasa de aprendizaje; por defecto 5e-5, y con LoRA 1e-3, o más con pocas --lora-targets."),
+        "--learning-rate",
+        above=0,
     )
     schedule: str = _setting(
         "cosine", _("Curso de la tasa de aprendizaje."), "--lr-scheduler-type", choices=("cosine", "linear", "constant")
