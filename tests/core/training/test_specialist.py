@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def test_a_move_that_was_cut_short_is_ended_by_the_next(
     specialist.publish(staging, output)
     assert contents(output) == {"a": "two", "b": "two", "c": "two"}
     assert specialist.state_of(output, "two") == "current"
+
+
+def test_a_model_is_published_on_another_file_system_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the output is a mount or a link to another disk, which no file can be moved to, its bytes get there."""
+    staging, output = tmp_path / "staging", tmp_path / "output"
+    specialist.publish(stage(staging, "one", "a", "b"), output)
+    stage(staging, "two", "a", "chat/template")
+    replace = Path.replace
+
+    def within_one_disk(path: Path, target: Path) -> Path:
+        if staging in path.parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", within_one_disk)
+    specialist.publish(staging, output)
+    assert contents(output) == {"a": "two", "chat/template": "two"}
+    assert specialist.state_of(output, "two") == "current"
+    assert not staging.exists()
 
 
 def test_the_state_follows_the_data(tmp_path: Path) -> None:
