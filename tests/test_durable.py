@@ -119,6 +119,13 @@ def test_json_comes_back_and_is_readable(tmp_path: Path) -> None:
     assert (tmp_path / "x.json").read_bytes().endswith(b"}\n")
 
 
+def test_json_holds_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """What an old archive called in Latin-1 can be written down, and is the same name when read."""
+    name = os.fsdecode(b"f\xedsica.jsonl")
+    durable.write_json(tmp_path / "x.json", {"training": [name]})
+    assert durable.read_json(tmp_path / "x.json") == {"training": [name]}
+
+
 @pytest.mark.parametrize("content", [None, b"[1]", b'{"a": ', b"\xff"])
 def test_read_json_gives_none_for_anything_but_an_object(content: bytes | None, tmp_path: Path) -> None:
     """Absent, another value, cut short, not UTF-8."""
