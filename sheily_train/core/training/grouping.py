@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -53,7 +54,8 @@ def plan(requests: Sequence[TrainRequest], *, fresh: bool, shared: SharedBase) -
             open_.setdefault(replace(request, branch="", output=None), []).append(request)
     groups = [[request] for request in alone]
     for outputs, members in begun.items():  # in the order they were in: it decides how their rows are cut into passes
-        groups.append([member for output in outputs for member in members if str(member.model_folder) == output])
+        names = [Path(output).name for output in outputs]  # by another path, or moved, they are the same folders
+        groups.append(sorted(members, key=lambda member: names.index(member.model_folder.name)))
     for alike in open_.values():
         groups += _split(sorted(alike, key=_rows, reverse=True), shared)
     return sorted(groups, key=lambda group: min(map(requests.index, group)))

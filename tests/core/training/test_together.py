@@ -113,6 +113,20 @@ def test_they_share_their_passes(requests: list[TrainRequest], monkeypatch: pyte
     assert sum(outcome.seconds for outcome in outcomes) <= seconds
 
 
+def test_a_group_goes_on_by_another_path(
+    requests: list[TrainRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of models given relative and then absolute holds the same group, in the same order."""
+    monkeypatch.chdir(tmp_path)
+    near = [replace(request, output=Path("models") / request.branch) for request in requests]
+    [begun] = grouping.plan(near, fresh=False, shared=SharedBase())
+    for request in near:
+        Run(request.model_folder, identify(request).key).begin(request.branch, {}, {})
+    far = [replace(request, output=request.model_folder.absolute()) for request in near]
+    [group] = grouping.plan(far, fresh=False, shared=SharedBase())
+    assert [request.branch for request in group] == [request.branch for request in begun]
+
+
 ARGUMENTS = ("train", "--all", "--lora", "--epochs", "12", "--batch-size", "3", "--precision", "fp32")
 SETTINGS = ("--together", "4", "--save-steps", "3", "--early-stopping", "1000")
 
