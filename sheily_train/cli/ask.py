@@ -46,11 +46,12 @@ def ask(branch: str, question: str, compare: bool, max_tokens: int, device: str,
 def _show_both(question: str, before: str, after: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=question, show_lines=True, expand=True)
+    table = Table(title=Text(question), show_lines=True, expand=True)
     table.add_column(_("Base"), ratio=1)
     table.add_column(_("Especialista"), ratio=1)
-    table.add_row(before, after)
+    table.add_row(Text(before), Text(after))  # an answer may hold brackets
     Console(highlight=False).print(table)
 
 

@@ -45,6 +45,7 @@ def print_fleet(outcomes: list[Outcome], log: Path | None) -> None:
     """One row per branch, where the fleet's log is, and how many are ready."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sheily_train.tools.monitoring.fleet_view import STATES
 
@@ -52,7 +53,7 @@ def print_fleet(outcomes: list[Outcome], log: Path | None) -> None:
     for outcome in outcomes:
         state = STATES[outcome.state]
         if outcome.result is None:
-            table.add_row(outcome.branch, state, str(outcome.error), "")
+            table.add_row(outcome.branch, state, Text(str(outcome.error)), "")
         else:
             seconds = f"{outcome.result.metrics['timing']['seconds']:.1f}"
             table.add_row(outcome.branch, state, loss_change(outcome.result.metrics), seconds)

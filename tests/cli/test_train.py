@@ -181,6 +181,20 @@ def test_ask_evaluate_and_export_work_on_what_was_trained(run: Run, tmp_path: Pa
     assert run("export", "physics", "--merge", "--output", str(tmp_path / "entero"))[0] == 2
 
 
+def test_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer about lists, side by side, and an install line in the fleet's table lose no word to rich's markup."""
+    from sheily_train.cli.ask import _show_both
+    from sheily_train.cli.summary import print_fleet
+    from sheily_train.core.training.fleet import Outcome
+    from sheily_train.errors import MissingExtraError
+
+    _show_both("¿Qué es x[i]?", "El elemento x[i].", "Cierra con [/i].")
+    print_fleet([Outcome("physics", None, MissingExtraError("wandb", "trackers", "--report-to"))], None)
+    out = capsys.readouterr().out
+    for text in ("¿Qué es x[i]?", "El elemento x[i].", "Cierra con [/i].", "'sheily-train[trackers]'"):
+        assert text in out
+
+
 def test_a_terminal_sees_a_live_bar(home: Path, tiny_llama: Path) -> None:
     """On a real pseudo-terminal the run shows rate, time left and memory, and ends with the summary."""
     environment = os.environ | {"SHEILY_MODEL": str(tiny_llama), "TERM": "xterm-256color", "COLUMNS": "120"}
