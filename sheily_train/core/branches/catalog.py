@@ -103,11 +103,17 @@ def _common(branches_dir: Path, branches: list[Branch]) -> Branch:
 
 
 def data_hash(branch: Branch) -> str:
-    """The sha256 over names and contents of the branch's files, training and evaluation, in hexadecimal."""
+    """The sha256 over names and contents of the branch's files, training and evaluation, in hexadecimal.
+
+    Raises DataError when one cannot be read.
+    """
     digest = hashlib.sha256()
     for file in (*branch.training_files, *branch.evaluation_files):
         name = os.fsencode(file.relative_to(branch.folder).as_posix())
-        digest.update(name + b"\0" + sha256_file(file).encode() + b"\n")
+        try:
+            digest.update(name + b"\0" + sha256_file(file).encode() + b"\n")
+        except OSError as error:
+            raise unreadable(file, error) from error
     return digest.hexdigest()
 
 

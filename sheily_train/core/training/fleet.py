@@ -14,7 +14,7 @@ from sheily_train import paths
 from sheily_train.core.training import specialist
 from sheily_train.core.training.identity import identify
 from sheily_train.core.training.request import TrainRequest
-from sheily_train.core.training.run import Run
+from sheily_train.core.training.run import Run, StopSignal
 from sheily_train.core.training.specialist import TrainingResult
 from sheily_train.errors import SheilyError, internal_error_text
 from sheily_train.runlog import Listener, RunLog
@@ -116,10 +116,10 @@ def _train_rest(requests: Sequence[TrainRequest], listeners: tuple[Listener, ...
     from sheily_train.core.training.shared_base import SharedBase
     from sheily_train.core.training.trainer import train_together
 
-    shared = SharedBase()
+    shared, stop = SharedBase(), StopSignal()
     for group in plan(requests, fresh=fresh, shared=shared):
         begun = time.monotonic()
-        for request, ended in train_together(group, listeners=listeners, fresh=fresh, shared=shared):
+        for request, ended in train_together(group, listeners=listeners, fresh=fresh, shared=shared, stop=stop):
             seconds = (time.monotonic() - begun) / len(group)
             if isinstance(ended, Exception):
                 yield Outcome(request.branch, None, _told(ended), seconds)

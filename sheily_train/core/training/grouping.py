@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -85,7 +86,8 @@ def _split(requests: list[TrainRequest], shared: SharedBase) -> list[list[TrainR
     for group in groups:
         for request in group:
             run = Run(request.model_folder, identify(request).key)
-            run.remember_group([str(other.model_folder) for other in group])
+            with contextlib.suppress(OSError):  # it is told when its turn comes
+                run.remember_group([str(other.model_folder) for other in group])
     return groups
 
 

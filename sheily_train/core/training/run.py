@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from sheily_train import durable, paths
 from sheily_train.core.training import checkpoint
 from sheily_train.core.training.checkpoint import Checkpoint
-from sheily_train.errors import BusyError
+from sheily_train.errors import BusyError, Interrupted, RequestError
 from sheily_train.i18n import _
 
 _GROUP = "group.json"
@@ -101,7 +101,15 @@ def _new_log(branch: str) -> Path:
 
 @contextlib.contextmanager
 def hold(output: Path, branch: str) -> Iterator[None]:
-    """Hold ``output`` for this process; a dead process holds nothing. Raises :class:`BusyError` saying who has it."""
+    """Hold ``output`` for this process; a dead process holds nothing.
+
+    Raises :class:`BusyError` saying who has it, :class:`RequestError` when it can be no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise RequestError(
+            _("{output} es un archivo; se esperaba una carpeta.").format(output=output),
+            mend=_("Elige otra con --output."),
+        )
     work = paths.work_dir(output)
     durable.make_folder(work)
     holder = work / "holder.json"
@@ -120,6 +128,13 @@ def hold(output: Path, branch: str) -> Iterator[None]:
             holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         )
         yield
+
+
+def interrupted(number: int, text: str) -> Interrupted:
+    """The error that ends the program at the signal ``number``."""
+    error = Interrupted(text, mend=_("Repite la misma orden para seguir."))
+    error.exit_code = 128 + number
+    return error
 
 
 class StopSignal:

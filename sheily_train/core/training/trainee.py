@@ -22,7 +22,7 @@ from sheily_train.core.training.evaluation import HeldOut, evaluate_rows
 from sheily_train.core.training.forward import PaddedForward
 from sheily_train.core.training.narration import TextLog
 from sheily_train.core.training.preparation import Job
-from sheily_train.core.training.run import Run
+from sheily_train.core.training.run import Run, interrupted
 from sheily_train.core.training.specialist import TrainingResult
 from sheily_train.errors import Interrupted
 from sheily_train.i18n import _
@@ -168,13 +168,8 @@ class Trainee:
 
     def interrupted(self, number: int) -> Interrupted:
         """The error that ends the run at the signal ``number``, told in the log."""
-        error = Interrupted(
-            _("Interrumpido en el paso {step} de {steps}; todo está guardado.").format(
-                step=self.progress.step, steps=self.job.work.steps
-            ),
-            mend=_("Repite la misma orden para seguir."),
-        )
-        error.exit_code = 128 + number
+        text = _("Interrumpido en el paso {step} de {steps}; todo está guardado.")
+        error = interrupted(number, text.format(step=self.progress.step, steps=self.job.work.steps))
         self.note(str(error))
         return error
 

@@ -26,7 +26,7 @@ from sheily_train.core.training.preparation import (
     prepare,
 )
 from sheily_train.core.training.request import TrainRequest
-from sheily_train.core.training.run import Run, StopSignal, hold, newest_common_step
+from sheily_train.core.training.run import Run, StopSignal, hold, interrupted, newest_common_step
 from sheily_train.core.training.shared_base import SharedBase
 from sheily_train.core.training.specialist import TrainingResult
 from sheily_train.core.training.trainee import Trainee
@@ -70,6 +70,7 @@ def train_together(
     listeners: tuple[Listener, ...] = (),
     fresh: bool = False,
     shared: SharedBase | None = None,
+    stop: StopSignal | None = None,
 ) -> Iterator[Ended]:
     """Train several branches side by side, each with an adapter of its own on one base, and yield each as it ends.
 
@@ -80,11 +81,12 @@ def train_together(
     Args:
         requests: of different branches with the same settings; several must be ``Job.takes_several``.
         listeners, fresh, shared: as for :func:`train_model`.
+        stop: what turns signals into a request to stop; one that came while the last branch ended stops the next call.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, all of it saved.
     """
-    shared = shared or SharedBase()
+    shared, stop = shared or SharedBase(), stop or StopSignal()
     with ExitStack() as stack:
         ready: list[_Ready] = []
         for request in requests:
@@ -101,7 +103,7 @@ def train_together(
                     place.close()
                     yield request, found
         for group, step in _groups(ready):
-            yield from _Group(group, step, listeners, shared).train()
+            yield from _Group(group, step, listeners, shared, stop).train()
 
 
 def quick_test(folder: Path, branch: str, question: str, *, max_new_tokens: int = 100) -> str:
@@ -165,9 +167,14 @@ class _Group:
     """Branches that take their steps together; often just one."""
 
     def __init__(
-        self, ready: Sequence[_Ready], step: int | None, listeners: tuple[Listener, ...], shared: SharedBase
+        self,
+        ready: Sequence[_Ready],
+        step: int | None,
+        listeners: tuple[Listener, ...],
+        shared: SharedBase,
+        stop: StopSignal,
     ) -> None:
-        self._ready, self._step, self._listeners, self._shared = ready, step, listeners, shared
+        self._ready, self._step, self._listeners, self._shared, self._stop_signal = ready, step, listeners, shared, stop
         self._active: list[Trainee] = []
         self._places: dict[Trainee, ExitStack] = {}
         self._ended: deque[Ended] = deque()
@@ -175,10 +182,12 @@ class _Group:
 
     def train(self) -> Iterator[Ended]:
         """The loop: a step, and now and then a checkpoint."""
+        if self._stop_signal.received is not None:
+            raise interrupted(self._stop_signal.received, _("Interrumpido entre dos ramas; todo está guardado."))
         try:
             self._begin()
             yield from self._tell_ended()
-            with StopSignal() as stop:
+            with self._stop_signal as stop:
                 while self._active:
                     self._take_step()
                     if stop.received is not None:
@@ -313,7 +322,7 @@ def _raise(error: Exception, _trainee: Trainee) -> None:
 
 
 def _explained(error: Exception, request: TrainRequest) -> Exception:
-    """What system and torch say about a full disk or memory, as an error with what is safe and what to do."""
+    """What system and torch say about disk, files and memory, as an error with what is safe and what to do."""
     if isinstance(error, MemoryError | RuntimeError) and hardware.is_out_of_memory(error):
         explained = ResourceError(
             _("Se acabó la memoria al entrenar «{branch}»; los puntos de control siguen intactos.").format(
@@ -327,6 +336,11 @@ def _explained(error: Exception, request: TrainRequest) -> Exception:
                 error=error, branch=request.branch
             ),
             mend=_("Libera espacio y repite la misma orden: sigue desde el último."),
+        )
+    elif isinstance(error, OSError) and error.filename is not None:
+        explained = ResourceError(
+            _("El sistema no deja usar {file}: {error}.").format(file=error.filename, error=error.strerror),
+            mend=_("Comprueba sus permisos y el disco, o elige otra carpeta con --output."),
         )
     else:
         return error

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +17,7 @@ from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.shared_base import SharedBase
 from sheily_train.core.training.trainee import Trainee
 from sheily_train.core.training.trainer import train_model
+from sheily_train.errors import DataError, Interrupted, ResourceError
 
 
 @pytest.fixture
@@ -135,3 +138,52 @@ def test_a_kept_base_counts_as_free_memory(requests: list[TrainRequest]) -> None
     train_model(replace(requests[0], precision="fp32"), shared=shared)
     size = (Path(requests[0].model) / paths.MODEL_WEIGHTS).stat().st_size
     assert size * 0.9 < shared.free_in(machine).memory_free - machine.memory_free < size * 1.5
+
+
+def test_a_signal_while_a_branch_ends_stops_before_the_next(requests: list[TrainRequest]) -> None:
+    """A SIGTERM that comes when no step is left to stop after lets that branch end and begins no other."""
+    begun: list[str] = []
+
+    def stop_at_the_end(record: runlog.Record) -> None:
+        begun.append(record["branch"])
+        if record["event"] == "eval" and record["step"] > 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = []
+    with pytest.raises(Interrupted) as caught:
+        ended += fleet.train_branches(
+            [replace(request, together=1) for request in requests], listeners=(stop_at_the_end,)
+        )
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert set(begun) == {"physics"}
+    assert weights("physics")
+
+
+def test_a_branch_that_cannot_be_read_leaves_the_others(
+    requests: list[TrainRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the system does not let us read fails its own branch, by name; the other one is trained."""
+    from sheily_train.core.branches import catalog
+
+    sha256_file = catalog.sha256_file
+
+    def refused(path: Path) -> str:
+        if "physics" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_file(path)
+
+    monkeypatch.setattr(catalog, "sha256_file", refused)
+    outcomes = {outcome.branch: outcome for outcome in fleet.train_branches(requests)}
+    assert isinstance(outcomes["physics"].error, DataError)
+    assert "train.jsonl" in str(outcomes["physics"].error)
+    assert outcomes["music"].state == "trained"
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_others(requests: list[TrainRequest], tmp_path: Path) -> None:
+    """A branch whose output lies where none can be made is told with the folder; the other one is trained."""
+    (tmp_path / "file").touch()
+    requests[0] = replace(requests[0], output=tmp_path / "file" / "physics")
+    outcomes = {outcome.branch: outcome for outcome in fleet.train_branches(requests)}
+    assert isinstance(outcomes["physics"].error, ResourceError)
+    assert str(tmp_path / "file") in str(outcomes["physics"].error)
+    assert outcomes["music"].state == "trained"

@@ -17,7 +17,7 @@ import torch
 from sheily_train import paths
 from sheily_train.core.training import checkpoint
 from sheily_train.core.training.run import Run, StopSignal, hold
-from sheily_train.errors import BusyError
+from sheily_train.errors import BusyError, RequestError
 
 HOLDER = """
 import sys, time
@@ -89,6 +89,14 @@ def test_a_branch_is_held_once_within_a_process_too(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with hold(output, "physics"):
         pass
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Not when the model is trained and has to go there."""
+    (tmp_path / "model").touch()
+    with pytest.raises(RequestError, match="es un archivo"), hold(tmp_path / "model", "physics"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
