@@ -148,9 +148,10 @@ def _emptiness(branch: Branch) -> Iterator[Problem]:
 
 def _stray_files(branch: Branch) -> Iterator[Problem]:
     expected = {*branch.training_files, *branch.evaluation_files}
+    homes = {branch.folder, *(file.parents[2] for file in expected)}  # the branch of all rows has those of several
     for path in sorted(branch.folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(branch.folder).parts)
-        allowed = path in expected or (path.parent == branch.folder and _is_allowed(path))
+        allowed = path in expected or (path.parent in homes and _is_allowed(path))
         if path.is_file() and not hidden and not allowed:
             found = _("un archivo que no se usa")
             where = _("filas {suffix} en {training} o {evaluation}").format(

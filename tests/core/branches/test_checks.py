@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sheily_train.core.branches.catalog import find_branches
+from sheily_train.core.branches.catalog import COMMON_BRANCH, find_branch, find_branches
 from sheily_train.core.branches.checks import check_branches, check_folder, fold
 from sheily_train.core.branches.examples import Code, Problem
 
@@ -229,6 +229,15 @@ def test_stray_files_are_reported(tmp_path: Path) -> None:
     assert {problem.code for problem in problems} == {Code.STRAY}
     assert [problem.file.relative_to(tmp_path / "physics").as_posix() for problem in problems] == list(strays)
     assert ["Muévelo" in problem.mend for problem in problems] == [name.endswith(".jsonl") for name in strays]
+
+
+def test_the_branch_of_all_rows_has_the_files_of_each(tmp_path: Path) -> None:
+    """``check common`` takes no branch's own description for a stray, and still finds what is one."""
+    write(tmp_path, "physics", TRAINING, FILLER)
+    for name in ("README.md", "branch.toml", "notes.txt"):
+        (tmp_path / "physics" / name).write_text("")
+    problems = check_branches([find_branch(tmp_path, COMMON_BRANCH)])
+    assert summary(problems) == [(Code.STRAY, "notes.txt", 0)]
 
 
 def test_what_lies_beside_the_branches_is_reported(tmp_path: Path) -> None:
