@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is not learned, as in PyTorch's cross entropy."""
 
+_SHORTEN = _("Acorta esas filas: el modelo no admite más.")
 _SHOWN_PROBLEMS = 5
 _KEPT_PROMPT_TOKENS = 8
 """A prompt that is cut keeps at least this many of its last tokens."""
@@ -131,12 +132,18 @@ def _render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[S
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_length: int,
+    most: int | None = None,
 ) -> list[TokenRow]:
     """Tokens and labels of every example.
 
     A row longer than ``max_length`` tokens loses the start of its prompt. One whose answer leaves no room for a prompt
     is refused with its file and line: a cut answer would teach the model to stop in the middle, an emptied one nothing.
+    ``most`` is what ``max_length`` can be raised to, where there is a limit.
     """
     if tokenizer.eos_token_id is None:
         raise BaseModelError(_("El tokenizador del modelo base no tiene token de fin de texto."))
@@ -159,7 +166,7 @@ def tokenize(
         else:
             rows.append(row)
     if refused:
-        raise _too_long(refused, max_length)
+        raise _too_long(refused, max_length, most)
     return rows
 
 
@@ -182,14 +189,16 @@ def _fit(row: TokenRow, opening: int, max_length: int) -> TokenRow | None:
     return TokenRow(row.ids[:opening] + row.ids[cut:], row.labels[:opening] + row.labels[cut:], row.source)
 
 
-def _too_long(refused: Sequence[tuple[str, int]], max_length: int) -> DataError:
+def _too_long(refused: Sequence[tuple[str, int]], max_length: int, most: int | None) -> DataError:
     lines = "; ".join(_("{source}: {found} tokens").format(source=s, found=n) for s, n in refused[:_SHOWN_PROBLEMS])
     more = len(refused) - _SHOWN_PROBLEMS
     if more > 0:
         lines += _(" y {more} más").format(more=more)
+    longest = max(found for _source, found in refused)
+    mend = _("Acorta esas filas o sube --max-length a {longest}.") if most is None or longest <= most else _SHORTEN
     return DataError(
         _("Filas cuya respuesta no cabe en {limit} tokens: {lines}.").format(limit=max_length, lines=lines),
-        mend=_("Acorta esas filas o sube --max-length a {longest}.").format(longest=max(n for _s, n in refused)),
+        mend=mend.format(longest=longest),
     )
 
 

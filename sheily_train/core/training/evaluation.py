@@ -133,7 +133,8 @@ def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
             mend=_("Ponlos en {folder}.").format(folder=branch.folder / paths.EVALUATION_DATA),
         )
     request = loaded.config["request"]
-    return tokenize(examples, loaded.tokenizer, template=request["template"], max_length=request["max_length"])
+    length = request["max_length"]
+    return tokenize(examples, loaded.tokenizer, template=request["template"], max_length=length, most=length)
 
 
 def held_out_loss(loaded: Specialist, rows: Sequence[TokenRow]) -> HeldOut:

@@ -25,7 +25,7 @@ from sheily_train.errors import DataError, ResourceError
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,12 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
         )
     config = bases.load_config(request.model)
     tokenizer = bases.load_tokenizer(request.model)
-    request = replace(request, max_length=_longest_allowed(request, config))
-    rows = data.tokenize(training, tokenizer, template=request.template, max_length=request.max_length)
-    judged = data.tokenize(heldout, tokenizer, template=request.template, max_length=request.max_length)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or None
+    request = replace(request, max_length=min(request.max_length, most or request.max_length))
+    rows, judged = (
+        data.tokenize(part, tokenizer, template=request.template, max_length=request.max_length, most=most)
+        for part in (training, heldout)
+    )
     steps = budget.total_steps(len(rows), request.examples_per_step, request.epochs, request.max_steps)
     model, shape, trainable = _measure(request, identity.base)
     if request.init_adapter:
@@ -187,12 +190,6 @@ def _earlier_placement(request: TrainRequest, key: str, machine: Machine) -> Pla
         return None
     placement = Placement(**record["placement"])
     return placement if placement.device in available_devices(machine) else None
-
-
-def _longest_allowed(request: TrainRequest, config: PretrainedConfig) -> int:
-    """The asked length, or the model's own limit where that is lower."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(request.max_length, limit) if limit else request.max_length
 
 
 def _measure(request: TrainRequest, base: str, count: int = 1) -> tuple[PreTrainedModel, Shape, int]:

@@ -51,8 +51,10 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def rows(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[TokenRow]]:
-    def tokenized(*examples: Example, template: str = "sheily", max_length: int = 200) -> list[TokenRow]:
-        return data.tokenize(examples, tokenizer, template=template, max_length=max_length)
+    def tokenized(
+        *examples: Example, template: str = "sheily", max_length: int = 200, most: int | None = None
+    ) -> list[TokenRow]:
+        return data.tokenize(examples, tokenizer, template=template, max_length=max_length, most=most)
 
     return tokenized
 
@@ -236,7 +238,7 @@ def test_a_prompt_is_cut_to_eight_tokens_at_the_least(
 def test_a_row_whose_answers_do_not_fit_is_refused_with_its_place(
     long: Example, rows: Callable[..., list[TokenRow]]
 ) -> None:
-    """The message gives file:line and tokens of the first five, counts the rest, and names the length that would do."""
+    """The message gives file:line and tokens of the first five, counts the rest, and names a length that would do."""
     (whole,) = rows(long, max_length=10_000)
     bad = [Example(long.format, long.turns, f"train.jsonl:{line}") for line in range(2, 9)]
     with pytest.raises(DataError, match="no cabe en 60 tokens") as caught:
@@ -244,6 +246,9 @@ def test_a_row_whose_answers_do_not_fit_is_refused_with_its_place(
     assert f"train.jsonl:2: {len(whole.ids)} tokens; train.jsonl:3: " in caught.value.message
     assert caught.value.message.endswith(f"train.jsonl:6: {len(whole.ids)} tokens y 2 más.")
     assert f"--max-length a {len(whole.ids)}" in caught.value.mend
+    with pytest.raises(DataError) as caught:
+        rows(question(), *bad, max_length=60, most=len(whole.ids) - 1)
+    assert caught.value.mend == "Acorta esas filas: el modelo no admite más."
 
 
 @pytest.mark.parametrize("template", ["sheily", "chat"])
