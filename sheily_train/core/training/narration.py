@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sheily_train import durable
 from sheily_train.i18n import _
 from sheily_train.runlog import Record
 
@@ -90,6 +91,7 @@ class TextLog:
     """A listener that appends every told line to a file, with the time before it."""
 
     def __init__(self, path: Path) -> None:
+        durable.make_folder(path.parent)  # a person may have cleared it away before the run goes on
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, record: Record) -> None:

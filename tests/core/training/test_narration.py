@@ -83,6 +83,13 @@ def test_durations_are_told_in_hours_minutes_and_seconds(seconds: float, text: s
     assert duration(seconds) == text
 
 
+def test_a_text_log_whose_folder_was_cleared_away_is_begun_anew(tmp_path: Path) -> None:
+    """A run that goes on after a person has removed the logs is not kept from it."""
+    with TextLog(tmp_path / "gone" / "run.log") as log:
+        log({"event": "note", "text": "uno"})
+    assert (tmp_path / "gone" / "run.log").read_text(encoding="utf-8").endswith(" uno\n")
+
+
 def test_the_text_log_has_the_time_before_every_line(tmp_path: Path) -> None:
     """It is appended to, and readable while the run goes on."""
     path = tmp_path / "run.log"
