@@ -19,11 +19,12 @@ def merge_specialist(folder: Path, branch: str, output: Path, *, force: bool = F
 
     Raises:
         RequestError: no model was trained; ``output`` exists and ``force`` is off; or it exists and is no whole model,
-            which ``force`` does not replace.
+            or a trained specialist, which ``force`` does not replace.
     """
     if output.exists() and not force:
         raise RequestError(_("{output} ya existe.").format(output=output), mend=_("Usa --force o elige otra --output."))
-    if output.exists() and not (output / paths.MODEL_WEIGHTS).is_file():
+    is_model, is_specialist = ((output / name).is_file() for name in (paths.MODEL_WEIGHTS, paths.TRAINING_CONFIG))
+    if output.exists() and (is_specialist or not is_model):
         raise RequestError(
             _("{output} no es una exportación anterior: no se sustituye.").format(output=output),
             mend=_("Elige otra --output."),

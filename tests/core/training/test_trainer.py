@@ -330,6 +330,9 @@ def test_merging_gives_the_logits_of_base_and_adapter(lora: TrainRequest, tmp_pa
     with pytest.raises(RequestError, match="no es una exportación"):
         merge_specialist(folder, "physics", tmp_path / "mine", force=True)
     assert (tmp_path / "mine" / "notas.txt").is_file()
+    trained = train_model(replace(lora, branch="music", lora=False, max_steps=1)).folder
+    with pytest.raises(RequestError, match="no es una exportación"):
+        merge_specialist(folder, "physics", trained, force=True)
     ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     base = bases.load_model(lora.model, dtype=torch.float32, device="cpu")
     with torch.no_grad():
