@@ -174,10 +174,6 @@ class Engine:
     def _steps_on_device(self) -> bool:
         return bool(self.optimizer.defaults["fused"])
 
-    def scaler_state(self) -> dict[str, Any]:
-        """The loss scaler's numbers (empty unless the precision is fp16)."""
-        return self.scaler.state_dict()
-
 
 def take_step(engines: Sequence[Engine], step: int, passes: Sequence[Pass]) -> list[StepResult]:
     """Take optimizer step ``step`` (from 0) of every engine. No weight has changed when an error is raised.
