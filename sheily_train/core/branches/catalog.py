@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sheily_train.errors import DataError, RequestError
 from sheily_train.i18n import _
 from sheily_train.paths import EVALUATION_DATA, ROWS_SUFFIX, TRAINING_DATA
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DESCRIPTION_FILE = "branch.toml"
 PROOFS_FILE = "proofs.jsonl"
 COMMON_BRANCH = "common"
@@ -36,7 +38,12 @@ class Branch:
 
 def is_name(name: str) -> bool:
     """Whether a branch may be called ``name``."""
-    return _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(composed(name)) is not None
+
+
+def composed(name: str) -> str:
+    """The name with every accent in its letter: Macs write file names with the two apart, keyboards together."""
+    return unicodedata.normalize("NFC", name)
 
 
 def check_name(name: str) -> None:
@@ -61,9 +68,15 @@ def find_branches(branches_dir: Path) -> list[Branch]:
         )
     folders = [Path(entry.path) for entry in os.scandir(branches_dir) if entry.is_dir() and is_name(entry.name)]
     return [
-        Branch(folder.name, folder, _row_files(folder / TRAINING_DATA), _row_files(folder / EVALUATION_DATA))
+        Branch(composed(folder.name), folder, _row_files(folder / TRAINING_DATA), _row_files(folder / EVALUATION_DATA))
         for folder in sorted(folders)
     ]
+
+
+def branch_folder(branches_dir: Path, name: str) -> Path:
+    """The folder of the branch called ``name``, as it is written on the disk or, if there is none, as it will be."""
+    folders = [branches_dir / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def find_branch(branches_dir: Path, name: str) -> Branch:
@@ -72,6 +85,7 @@ def find_branch(branches_dir: Path, name: str) -> Branch:
     Raises RequestError for a name that cannot be or that no branch has, DataError when the branch has no training file.
     """
     check_name(name)
+    name = composed(name)
     branches = {branch.name: branch for branch in find_branches(branches_dir)}
     if any(branch.training_files for branch in branches.values()):
         branches.setdefault(COMMON_BRANCH, _common(branches_dir, list(branches.values())))
@@ -121,7 +135,7 @@ def count_rows(file: Path) -> int:
     """How many lines of the file are not blank; nothing is parsed. Raises DataError when it cannot be read."""
     try:
         with file.open("rb") as lines:
-            return sum(not line.isspace() for line in lines)
+            return sum(bool(line.removeprefix(BYTE_ORDER_MARK).strip()) for line in lines)
     except OSError as error:
         raise unreadable(file, error) from error
 

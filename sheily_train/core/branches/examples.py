@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NoReturn
 
-from sheily_train.core.branches.catalog import shown_path, unreadable
+from sheily_train.core.branches.catalog import BYTE_ORDER_MARK, shown_path, unreadable
 from sheily_train.errors import DataError
 from sheily_train.i18n import _
 
@@ -202,8 +202,8 @@ def read_rows(file: Path) -> Iterator[tuple[int, Row | Problem]]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.startswith(b"\xef\xbb\xbf"):
-                    line = line[3:]
+                if line.startswith(BYTE_ORDER_MARK):
+                    line = line.removeprefix(BYTE_ORDER_MARK)
                     yield number, _byte_order_mark(file, number)
                 if not line.strip():
                     continue

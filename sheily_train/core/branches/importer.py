@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sheily_train import durable
-from sheily_train.core.branches.catalog import check_name, shown_path, unreadable
+from sheily_train.core.branches.catalog import branch_folder, check_name, shown_path, unreadable
 from sheily_train.core.branches.checks import question_and_answer
 from sheily_train.core.branches.examples import (
     BadRow,
@@ -126,8 +126,8 @@ def _targets(request: ImportRequest, source: str) -> list[Path]:
     """The files a source is written to: the one for its rows, and with ``held_out`` the one for the evaluation."""
     path = Path(source)
     stem = path.resolve().stem if path.exists() else source
-    name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") + ROWS_SUFFIX
-    folder = request.branches_dir / request.branch
+    name = (re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "rows") + ROWS_SUFFIX
+    folder = branch_folder(request.branches_dir, request.branch)
     training, evaluation = folder / TRAINING_DATA / name, folder / EVALUATION_DATA / name
     if request.held_out:
         return [training, evaluation]

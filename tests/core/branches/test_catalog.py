@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,21 @@ def test_paths_are_shown_relative_to_the_current_folder(tmp_path: Path, monkeypa
     assert catalog.shown_path(tmp_path / "here" / "a" / "b") == str(Path("a") / "b")
     assert catalog.shown_path(tmp_path / "there") == str(tmp_path / "there")
     assert catalog.shown_path(Path("a")) == "a"
+
+
+def test_names_that_a_mac_wrote_are_the_same(tmp_path: Path) -> None:
+    """Accents apart from their letters, as in archives made on a Mac: found by the name a keyboard types, and back."""
+    typed, written = (unicodedata.normalize(form, "música") for form in ("NFC", "NFD"))
+    folder = make_branch(tmp_path, written, "training/data/train.jsonl")
+    assert [branch.name for branch in catalog.find_branches(tmp_path)] == [typed]
+    for name in (typed, written):
+        assert catalog.find_branch(tmp_path, name).folder.samefile(folder)
+        assert catalog.branch_folder(tmp_path, name).samefile(folder)
+
+
+def test_a_byte_order_mark_alone_is_no_row(tmp_path: Path) -> None:
+    """What Notepad saves as an empty file is counted as one; a row behind a mark is counted."""
+    file = tmp_path / "train.jsonl"
+    for content, rows in ((b"\xef\xbb\xbf", 0), (b"\xef\xbb\xbf\r\n{}\n", 1), (b"\xef\xbb\xbf{}", 1)):
+        file.write_bytes(content)
+        assert catalog.count_rows(file) == rows

@@ -228,9 +228,11 @@ def test_branch_names_are_checked(tmp_path: Path, name: str) -> None:
 
 
 def test_file_names_are_made_safe(tmp_path: Path) -> None:
-    """Spaces and signs of the source's name become hyphens."""
+    """Spaces and signs of the source's name become hyphens; one of signs alone gives no hidden file."""
     (imported,) = bring(tmp_path, put(tmp_path, ".mis datos (1).csv", CSV))
     assert imported.file.name == "mis-datos-1.jsonl"
+    (imported,) = bring(tmp_path, put(tmp_path, "¿?.csv", CSV))
+    assert imported.file.name == "rows.jsonl"
 
 
 def test_held_out_rows_are_the_same_at_every_import(tmp_path: Path) -> None:
