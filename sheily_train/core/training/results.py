@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheily_train import durable, paths
+from sheily_train.core.training import bases
 from sheily_train.core.training.evaluation import HeldOut
 from sheily_train.core.training.preparation import Job
 from sheily_train.i18n import _
@@ -75,8 +76,9 @@ def write(
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     for path in files:
         durable.sync_file(path)
+    model = job.request.model if job.request.model == bases.EMBEDDED else bases.locate(job.request.model)
     config = {
-        "request": job.request.to_json() | {"micro_tokens": job.placement.micro_tokens},
+        "request": job.request.to_json() | {"model": model, "micro_tokens": job.placement.micro_tokens},
         "key": job.key,
         "base": job.base,
         "initial_adapter": job.initial or None,

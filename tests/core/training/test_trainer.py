@@ -136,6 +136,16 @@ def test_training_config_repeats_the_run(lora: TrainRequest, home: Path, tmp_pat
     assert runlog.deterministic_lines(again.log) == runlog.deterministic_lines(first.log)
 
 
+def test_a_base_given_by_a_relative_path_is_found_from_anywhere(
+    lora: TrainRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The specialist is asked in another folder than it was trained in."""
+    monkeypatch.chdir(Path(lora.model).parent)
+    folder = train_model(replace(lora, model=Path(lora.model).name, max_steps=1)).folder
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(quick_test(folder, "physics", "¿Qué?", max_new_tokens=2), str)
+
+
 def test_new_rows_make_the_model_stale(lora: TrainRequest) -> None:
     """The state is none, current after training, and stale when a row was added."""
     folder = lora.model_folder
