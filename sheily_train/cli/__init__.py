@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 import click
@@ -77,6 +78,8 @@ def main(command: click.Command = sheily, prog: str = "sheily") -> NoReturn:
     torch and transformers load a million objects that stay. Going through them for garbage, again and again while they
     load and once more at the end, took a quarter of a short command's time.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a pipe that knows no «→» gets a question mark
     gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.freeze)
     run(command, prog=prog)

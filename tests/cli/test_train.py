@@ -195,6 +195,15 @@ def test_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> N
         assert text in out
 
 
+def test_a_pipe_that_knows_no_arrow_gets_a_question_mark(home: Path, tiny_llama: Path) -> None:
+    """A stream in Windows' own encoding does not make a failure of a run whose summary it cannot write whole."""
+    environment = os.environ | {"SHEILY_MODEL": str(tiny_llama), "PYTHONIOENCODING": "cp1252"}
+    words = ["train", "--branch", "physics", "--lora", "--max-steps", "1"]
+    done = subprocess.run([sys.executable, "-m", "sheily_train", *words], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "Pérdida reservada: " in done.stdout.decode("cp1252")
+
+
 def test_a_terminal_sees_a_live_bar(home: Path, tiny_llama: Path) -> None:
     """On a real pseudo-terminal the run shows rate, time left and memory, and ends with the summary."""
     environment = os.environ | {"SHEILY_MODEL": str(tiny_llama), "TERM": "xterm-256color", "COLUMNS": "120"}
