@@ -17,6 +17,7 @@ from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.shared_base import SharedBase
 from sheily_train.core.training.trainee import Trainee
 from sheily_train.core.training.trainer import train_model
+from sheily_train.durable import sha256_file
 from sheily_train.errors import DataError, Interrupted, ResourceError
 
 
@@ -149,11 +150,9 @@ def test_a_signal_while_a_branch_ends_stops_before_the_next(requests: list[Train
         if record["event"] == "eval" and record["step"] > 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    ended = []
+    requests = [replace(request, together=1) for request in requests]
     with pytest.raises(Interrupted) as caught:
-        ended += fleet.train_branches(
-            [replace(request, together=1) for request in requests], listeners=(stop_at_the_end,)
-        )
+        list(fleet.train_branches(requests, listeners=(stop_at_the_end,)))
     assert caught.value.exit_code == 128 + signal.SIGTERM
     assert set(begun) == {"physics"}
     assert weights("physics")
@@ -163,16 +162,13 @@ def test_a_branch_that_cannot_be_read_leaves_the_others(
     requests: list[TrainRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that the system does not let us read fails its own branch, by name; the other one is trained."""
-    from sheily_train.core.branches import catalog
-
-    sha256_file = catalog.sha256_file
 
     def refused(path: Path) -> str:
         if "physics" in path.parts:
             raise PermissionError(13, "Permission denied", str(path))
         return sha256_file(path)
 
-    monkeypatch.setattr(catalog, "sha256_file", refused)
+    monkeypatch.setattr("sheily_train.core.branches.catalog.sha256_file", refused)
     outcomes = {outcome.branch: outcome for outcome in fleet.train_branches(requests)}
     assert isinstance(outcomes["physics"].error, DataError)
     assert "train.jsonl" in str(outcomes["physics"].error)
