@@ -10,13 +10,14 @@ The blocking one runs the other on an event loop in a thread of its own.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
 import httpx2
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 from numpy.typing import NDArray
 
 from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
@@ -35,7 +36,8 @@ _Arguments = ParamSpec("_Arguments")
 class ClienteColabEntrenamiento:
     """:class:`ClienteColabAsincrono` for code without asyncio, with the same arguments and methods.
 
-    Its event loop runs in a thread of its own until :meth:`desconectar`.
+    Its event loop runs in a thread of its own until :meth:`desconectar`; a process that ends without it ends all the
+    same, and loses nothing.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class ClienteColabEntrenamiento:
         self._client = ClienteColabAsincrono(
             url, token, transport, run=run, seed=seed, folder=folder, record=record, settings=settings
         )
-        loop = start_blocking_portal()
-        self._loop: AbstractContextManager[BlockingPortal] | None = loop
-        self._portal = loop.__enter__()
+        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(_turn_until_ended(started)), daemon=True)
+        self._thread.start()
+        self._loop, self._ended = started.result()
 
     def conectar(self, *, rebase: bool = False) -> dict[str, Any]:
         """See :meth:`ClienteColabAsincrono.conectar`; so for each method below."""
@@ -123,13 +126,13 @@ class ClienteColabEntrenamiento:
 
     def desconectar(self) -> None:
         """Close connections, journal and event loop. Again: nothing."""
-        if self._loop is None:
+        if not self._thread.is_alive():
             return
         try:
             self._wait(self._client.desconectar)
         finally:
-            loop, self._loop = self._loop, None
-            loop.__exit__(None, None, None)
+            self._loop.call_soon_threadsafe(self._ended.set)
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -138,14 +141,24 @@ class ClienteColabEntrenamiento:
         self.desconectar()
 
     def _wait(
-        self, method: Callable[_Arguments, Awaitable[_Result]], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+        self,
+        method: Callable[_Arguments, Coroutine[Any, Any, _Result]],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
     ) -> _Result:
         """The method's result; what interrupts the waiting (Ctrl-C) stops the method too."""
-        if self._loop is None:
+        if not self._thread.is_alive():
             raise RequestError(_("El cliente está desconectado."), mend=_("Crea otro."))
-        running = self._portal.start_task_soon(lambda: method(*args, **kwargs))
+        running = asyncio.run_coroutine_threadsafe(method(*args, **kwargs), self._loop)
         try:
             return running.result()
         except BaseException:
             running.cancel()
             raise
+
+
+async def _turn_until_ended(started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+    """Keep the event loop turning until the event that it hands over is set."""
+    ended = asyncio.Event()
+    started.set_result((asyncio.get_running_loop(), ended))
+    await ended.wait()

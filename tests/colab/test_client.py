@@ -1042,6 +1042,23 @@ def test_ctrl_c_in_the_blocking_client_leaves_a_run_that_goes_on(tmp_path: Path,
     check_applied_once(tmp_path, f"http://127.0.0.1:{served.port}", count)
 
 
+def test_a_script_that_never_disconnects_ends(tmp_path: Path, served: Served) -> None:
+    """As in the guide's example: a process whose client is still there at its end does not hang."""
+    code = f"""if True:
+        import numpy as np
+        from pathlib import Path
+        from sheily_train.colab.client import ClienteColabEntrenamiento
+        client = ClienteColabEntrenamiento(
+            "http://127.0.0.1:{served.port}", seed=7, folder=Path({str(tmp_path / "desk")!r})
+        )
+        client.conectar()
+        print(len(client.entrenar_multiples_lotes(np.ones((30, 1600)), 10)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
+    check_applied_once(tmp_path, f"http://127.0.0.1:{served.port}", 3)
+
+
 KILLED = """if True:
     import os, signal, sys, threading, time
     import numpy as np
