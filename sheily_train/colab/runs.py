@@ -274,6 +274,17 @@ class Runs:
         self._open.move_to_end(name)
         return run
 
+    def saved(self, name: str) -> Run:
+        """A run to be asked and not changed: before a client is back, as its newest snapshot has it.
+
+        Raises :class:`RefusedError` (``detached``) for one that is not known.
+        """
+        if name in self._attached:
+            return self.get(name)
+        if (standing := self.look(name)) is None:
+            raise detached_run(name)
+        return self._open.get(name) or self._load(name, standing.seed)
+
     def apply(self, claim: Claim, content: Batch | Feedback) -> tuple[bytes, bool]:
         """The answer of an event, and whether it is the stored one of an event applied before."""
         run = self.get(claim.run)

@@ -219,10 +219,10 @@ class OmegaWorker:
 
     async def predict(self, request: Request) -> Response:
         """Judge vectors without learning; labels are not needed."""
-        form, name = body_form(request), self._named_run(request)
+        form, run = body_form(request), self._asked_run(request)
         content = await asyncio.to_thread(read_content, Kind.TRAIN, form, await whole_body(request))
         assert isinstance(content, Batch)  # noqa: S101
-        prediction = await self._ask(lambda: self._runs.get(name).learner.predict(content.input_data))
+        prediction = await self._ask(lambda: run().learner.predict(content.input_data))
         return json_answer({"status": "ok", "anomaly_prob": prediction.anomaly_prob, "threshold": prediction.threshold})
 
     async def status(self, request: Request) -> Response:
@@ -255,15 +255,15 @@ class OmegaWorker:
 
     async def info(self, request: Request) -> Response:
         """The network's build."""
-        name = self._named_run(request)
+        run = self._asked_run(request)
         if self._parameters is None:
-            await self._ask(partial(self._runs.get, name))
+            await self._ask(run)
         return json_answer(describe_network(*(self._parameters or (0, 0))))
 
     async def diagnose(self, request: Request) -> Response:
         """Pass a test vector through the network."""
-        name, test_NV = self._named_run(request), np.zeros((1, VECTOR), np.float32)
-        prediction: Prediction = await self._ask(lambda: self._runs.get(name).learner.predict(test_NV))
+        run, test_NV = self._asked_run(request), np.zeros((1, VECTOR), np.float32)
+        prediction: Prediction = await self._ask(lambda: run().learner.predict(test_NV))
         return json_answer(
             {
                 "status": "diagnostico_ok",
@@ -358,6 +358,10 @@ class OmegaWorker:
         """The run that a request names, or the one that trained last."""
         name = request.headers.get(RUN_HEADER)
         return self._latest if name is None else check_run_id(name)
+
+    def _asked_run(self, request: Request) -> Callable[[], Run]:
+        """What gives, on the learner thread, the run that a request is about; one that it names must be attached."""
+        return partial(self._runs.get if RUN_HEADER in request.headers else self._runs.saved, self._named_run(request))
 
     def _card(self, name: str) -> Card:
         if name in self._cards:

@@ -257,6 +257,24 @@ def test_a_run_that_nobody_attached_to_is_detached(tmp_path: Path) -> None:
     assert code_of(caught) == ("detached", 409)
 
 
+def test_a_saved_run_can_be_asked_before_its_client_is_back(tmp_path: Path) -> None:
+    """It has the state of its snapshot, takes no event, and its client goes on with it; an unknown one is detached."""
+    runs = make_runs(tmp_path)
+    runs.attach("uno", 1, 0)
+    feed(runs, "uno", 2)
+    expected = runs.get("uno").snapshot()
+    runs.close()
+    again = make_runs(tmp_path)
+    asked = again.saved("uno")
+    assert pack_snapshot(asked.snapshot()) == pack_snapshot(expected)
+    for refused in (lambda: again.get("uno"), lambda: again.saved("dos")):
+        with pytest.raises(RefusedError) as caught:
+            refused()
+        assert code_of(caught) == ("detached", 409)
+    assert again.attach("uno", 1, 0) is asked
+    assert again.saved("uno") is asked
+
+
 def test_a_state_of_another_kind_of_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another fingerprint stops a run, by name of what differs, from its own disk and by upload."""
     runs = make_runs(tmp_path / "a")

@@ -366,7 +366,7 @@ def test_a_gap_a_conflict_a_fence_and_damage(tmp_path: Path) -> None:
 
 
 def test_a_worker_started_again_tells_what_its_runs_had_learned(tmp_path: Path) -> None:
-    """Before any client is back, /status and /metricas speak of the run that was saved last."""
+    """Before any client is back, all that names no run is answered for the run that was saved last; events are not."""
 
     async def learned(desk: Desk) -> None:
         await desk.attach()
@@ -375,6 +375,14 @@ def test_a_worker_started_again_tells_what_its_runs_had_learned(tmp_path: Path) 
     async def told(desk: Desk) -> None:
         status, metrics = (await desk.http.get("/status")).json(), (await desk.http.get("/metricas")).json()
         assert status["estadisticas"]["total_batches"] == len(metrics["ultimos_20_losses"]) == 3
+        for answer in (
+            await desk.http.get("/info"),
+            await desk.http.post("/diagnostico"),
+            await desk.http.post("/predict", json={"samples": [plain_sample()]}),
+        ):
+            assert answer.status_code == 200, answer.text
+        desk.owner = 1
+        check_error(await desk.send(*desk.next()), 409, "detached")
         newest = max(tmp_path.rglob("state.safetensors"))
         newest.write_bytes(newest.read_bytes()[:9])
 
