@@ -11,7 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,8 @@ Record = Callable[..., None]
 
 FORMS = {"binary": BINARY_FORM, "json": JSON_FORM}
 PIECE = 1024 * 1024
+REPLY_LIMIT = 16 * PIECE
+"""Bytes of an answer that are read; a worker's own have some thousands."""
 _Result = TypeVar("_Result")
 
 logging.getLogger("stamina").addHandler(logging.NullHandler())  # its warnings are our records
@@ -137,7 +139,7 @@ class Wire:
         """One attempt of a request that is answered with a JSON object."""
         async with self._exchange(timeout or self._settings.timeout) as exchange:
             response = await exchange.begin(method, path, content, {"Content-Type": form, **(headers or {})})
-            body = await response.aread()
+            body = await exchange.read()
         return read_reply(path, response, body)
 
     async def download(self, path: str, file: Path, headers: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
@@ -146,7 +148,7 @@ class Wire:
         async with self._exchange(self._settings.transfer_timeout) as exchange:
             response = await exchange.begin("GET", path, b"", headers)
             if response.status_code != 200:
-                raise_refusal(response, await response.aread())
+                raise_refusal(response, await exchange.read())
             with file.open("wb") as target:
                 async for piece in response.aiter_bytes(PIECE):
                     digest.update(piece)
@@ -235,6 +237,17 @@ class _Exchange:
         request = self._http.build_request(method, path, content=content, headers=dict(headers))
         self.response = await self._http.send(request, stream=True)
         return self.response
+
+    async def read(self) -> bytes:
+        """The answer's content; of one without an end, only so much as any worker's has."""
+        body = bytearray()
+        if self.response is not None:
+            async with aclosing(self.response.aiter_bytes(PIECE)) as pieces:
+                async for piece in pieces:
+                    body += piece
+                    if len(body) > REPLY_LIMIT:
+                        break
+        return bytes(body)
 
     async def close(self) -> None:
         """Give the connection back."""

@@ -3,12 +3,14 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from sheily_train.colab.journal import Journal
 from sheily_train.colab.protocol import Kind
 from sheily_train.colab.pulled import PulledState
 from sheily_train.colab.snapshots import unpack_snapshot
-from sheily_train.colab.wire import ClientSettings
+from sheily_train.colab.wire import PIECE, REPLY_LIMIT, ClientSettings
 from sheily_train.colab.worker import WorkerApp, WorkerSettings, create_app
 from sheily_train.durable import sha256_file
 from sheily_train.errors import (
@@ -453,6 +455,28 @@ def test_nobody_there_is_said_and_asked_a_few_times_only(tmp_path: Path) -> None
         run(client, lesson)
     assert [fields["attempt"] for event, fields in records if event == "retry"] == [1, 2, 3]
     assert TOKEN not in str(raised.value) + repr(records)
+
+
+def test_an_answer_without_an_end_is_not_read_for_ever(tmp_path: Path) -> None:
+    """Over a real socket: where something else than a worker sends and sends, the client stops reading and says so."""
+    sent = 0
+
+    def send_on(listener: socket.socket) -> None:
+        nonlocal sent
+        with closing(listener.accept()[0]) as connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+            while sent < 500 * PIECE:
+                sent += connection.send(b" " * PIECE)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = threading.Thread(target=send_on, args=(listener,))
+        sender.start()
+        client = desk(tmp_path, f"http://127.0.0.1:{listener.getsockname()[1]}", settings={"retries": 0, "timeout": 60})
+        with pytest.raises(UnreachableError, match="cortada o dañada"):
+            run(client, lambda client: client.obtener_estado())
+        sender.join()
+    assert REPLY_LIMIT < sent < 100 * PIECE
 
 
 def test_a_busy_worker_is_asked_again_when_it_says(tmp_path: Path, worker: WorkerApp) -> None:
