@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from sheily_train import durable
+from sheily_train.errors import DataError
+from sheily_train.i18n import _
 
 Record = dict[str, Any]
 Listener = Callable[[Record], None]
@@ -71,14 +73,34 @@ class RunLog:
 
 
 def read(path: Path, event: str | None = None) -> Iterator[Record]:
-    """The records of a log, or those of one event. A last line that a kill cut short is passed over."""
+    """The records of a log, or those of one event. A last line that a kill cut short is passed over.
+
+    Raises :class:`DataError` for a line that is no record.
+    """
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            record: Record = json.loads(line)
-            if event is None or record["event"] == event:
+            try:
+                record: Record = json.loads(line)
+                found = record["event"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise no_record(path, number) from error
+            if event is None or found == event:
                 yield record
+
+
+def whole_lines(path: Path) -> int:
+    """The length of a log, if there is one, without a last line that a kill cut short."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+
+
+def no_record(path: Path, line: int) -> DataError:
+    """The error of a line that is no record of a run."""
+    return DataError(
+        _("{log}:{line}: no es una línea de un registro de entrenamiento.").format(log=path, line=line),
+        mend=_("Quita esa línea y repite."),
+    )
 
 
 def deterministic_lines(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sheily_train import runlog
+from sheily_train.errors import DataError
 from sheily_train.runlog import Record, RunLog
 
 
@@ -55,6 +56,17 @@ def test_a_last_line_cut_short_is_passed_over(cut: int, path: Path) -> None:
         log.write("step", step=2)
     path.write_bytes(path.read_bytes()[:-cut])
     assert [record["step"] for record in runlog.read(path)] == [1]
+
+
+@pytest.mark.parametrize("line", [b"\x00\x00", b'{"event": "st', b"[1]", b"3", b'{"step": 1}'])
+def test_a_line_that_is_no_record_is_named(line: bytes, path: Path) -> None:
+    """Damage ahead of the last line is told with file and line, whichever records were asked for."""
+    with RunLog(path) as log:
+        log.write("step", step=1)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    for event in (None, "step"):
+        with pytest.raises(DataError, match=r"run\.jsonl:2: no es una línea"):
+            list(runlog.read(path, event))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -249,7 +249,7 @@ class _Desk:
         """Write into the run's log; the first record opens it, when the run is surely ours."""
         try:
             if self._log is None:
-                self._log = RunLog(self._order.log, keep=_whole_lines(self._order.log), listeners=self._listeners)
+                self._log = RunLog(self._order.log, keep=runlog.whole_lines(self._order.log), listeners=self._listeners)
             self._log.write(event, **fields)
         except BrokenPipeError:  # a listener's
             raise
@@ -267,7 +267,8 @@ class _Desk:
             await self._client.desconectar()
         finally:
             if self._log is not None:
-                self._log.close()
+                with contextlib.suppress(OSError):  # of a line that a full disk did not take: that was told
+                    self._log.close()
 
     async def connect(self) -> None:
         """Attach to the run at the worker; let the worker test itself when that was asked."""
@@ -445,9 +446,19 @@ class _Desk:
 def load_data(settings: Settings, session: int) -> Batch:
     """The vectors of a run's session: the same settings and number give the same bytes, another number others.
 
-    A file's rows come in an order that the seed and the session decide.
+    A file's rows come in an order that the seed and the session decide. Raises :class:`ResourceError` when they do not
+    fit in memory.
     """
-    seed = (settings.semilla, session)
+    try:
+        return _load_data(settings, (settings.semilla, session))
+    except MemoryError as error:
+        raise ResourceError(
+            _("Los vectores de la sesión no caben en la memoria."),
+            mend=_("Da menos con --muestras, en varias sesiones."),
+        ) from error
+
+
+def _load_data(settings: Settings, seed: tuple[int, int]) -> Batch:
     if settings.datos is None:
         generator = GeneradorDatosEntrenamiento(seed)
         return generator.generar(settings.tipo, settings.count or 0, settings.anomalias / 100)
@@ -476,8 +487,3 @@ def _events(log: Path) -> Iterator[Record]:
     """The records of a log that tell of an event, or of a return to one."""
     if log.is_file():
         yield from (record for record in runlog.read(log) if record["event"] in {"step", "feedback", "rebase"})
-
-
-def _whole_lines(log: Path) -> int:
-    """The length of a log without a last line that a kill cut short."""
-    return log.read_bytes().rfind(b"\n") + 1 if log.is_file() else 0

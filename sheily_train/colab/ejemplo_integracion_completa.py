@@ -130,13 +130,13 @@ def run(argument: str | None) -> None:
     from sheily_train import paths
     from sheily_train.colab.client import ClienteColabEntrenamiento
     from sheily_train.core.omega.generator import GeneradorDatosEntrenamiento
-    from sheily_train.runlog import RunLog
+    from sheily_train.runlog import RunLog, whole_lines
 
     print("OMEGA 21: entrenamiento remoto en trece pasos")
     address = find_worker(argument)
     path = paths.logs_dir() / f"omega_{RUN}.jsonl"
     with (
-        RunLog(path) as log,
+        RunLog(path, keep=whole_lines(path)) as log,
         ClienteColabEntrenamiento(address.url, address.token, run=RUN, seed=42, record=log.write) as client,
     ):
         last = get_to_know(client)

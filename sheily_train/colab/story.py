@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sheily_train import runlog
-from sheily_train.errors import DataError, RequestError
+from sheily_train.errors import RequestError
 from sheily_train.i18n import _
 
 _FLAT = 0.02
@@ -164,19 +164,13 @@ def _read(log: Path) -> list[runlog.Record]:
     records: list[runlog.Record] = []
     try:
         for record in runlog.read(log):
-            needed = {"step", "wire", "feedback", "rebase"} & {record["event"]}
-            if needed and not isinstance(record["seq"], int):
-                raise TypeError("seq")
+            if record["event"] in {"step", "wire", "feedback", "rebase"} and not isinstance(record.get("seq"), int):
+                raise runlog.no_record(log, len(records) + 1)
             records.append(record)
     except OSError as error:
         raise RequestError(
             _("No se puede leer el registro {log}: {reason}.").format(log=log, reason=error.strerror),
             mend=_("Lo escribe «sheily connect» al entrenar."),
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            _("{log}:{line}: no es una línea de un registro de entrenamiento.").format(log=log, line=len(records) + 1),
-            mend=_("Quita esa línea y repite."),
         ) from error
     return records
 

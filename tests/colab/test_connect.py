@@ -41,6 +41,7 @@ from sheily_train.errors import (
     WorkerError,
 )
 from tests.colab.tiny_learner import TinyLearner
+from tests.full_disk import full_disk_after
 
 TOKEN = "t0ken-of-the-tests-" + "x" * 30
 SMALL = Settings(muestras=20, lote=4)
@@ -440,6 +441,37 @@ def test_a_log_that_cannot_be_written_is_told(worker: Worker) -> None:
         connect(order(worker))
     log.rmdir()
     assert connect(order(worker)).numbers["vectors"] == 20
+
+
+def test_a_disk_that_fills_up_under_the_log_is_told(worker: Worker) -> None:
+    """The line that had no room is named as such, also when the log is closed; with room the run goes on."""
+    connect(order(worker))
+    log = paths.logs_dir() / "omega_principal.jsonl"
+    with log.open("ab") as file:  # the log, not the journal, comes to its end
+        file.write(b'{"event": "note", "text": "%s"}\n' % (b"x" * 2_000_000))
+    with full_disk_after(log.stat().st_size + 10), pytest.raises(ResourceError, match=r"omega_principal\.jsonl"):
+        connect(order(worker))
+    assert connect(order(worker)).numbers["vectors"] == 20
+
+
+def test_a_damaged_line_of_the_log_is_named(worker: Worker) -> None:
+    """Before anything is sent."""
+    connect(order(worker))
+    log = paths.logs_dir() / "omega_principal.jsonl"
+    log.write_bytes(b'{"event": "st\n' + log.read_bytes())
+    with pytest.raises(DataError, match=r"omega_principal\.jsonl:1:"):
+        connect(order(worker))
+
+
+def test_more_vectors_than_the_memory_holds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made up or read, with what to do about it."""
+
+    def too_many(*_arguments: Any, **_options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sheily_train.core.omega.generator.np.empty", too_many)
+    with pytest.raises(ResourceError, match="--muestras"):
+        load_data(Settings(muestras=100_000_000), 1)
 
 
 def test_an_unreadable_file_is_an_error_before_a_session_begins(worker: Worker, root: Path) -> None:

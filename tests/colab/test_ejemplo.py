@@ -15,6 +15,8 @@ import pytest
 
 from sheily_train import runlog
 from sheily_train.colab.ejemplo_integracion_completa import CHECKOUT
+from sheily_train.colab.journal import Journal
+from sheily_train.errors import BusyError
 from tests.colab.test_connect import TOKEN, Worker
 
 SCRIPT = CHECKOUT / "sheily_train" / "colab" / "ejemplo_integracion_completa.py"
@@ -38,7 +40,8 @@ def example(folder: Path, *words: str, **more: str) -> subprocess.CompletedProce
 
 
 def test_thirteen_steps_end_with_a_report_and_go_on_the_next_time(worker: Worker, tmp_path: Path) -> None:
-    """By argument, then by COLAB_SERVER_URL: the second call finds the first one's events, and adds to them."""
+    """By argument, then by COLAB_SERVER_URL: the second call adds to the first one's events and log; one that cannot
+    begin takes nothing away."""
     url = f"{worker.address.url}/#token={TOKEN}"
     done = example(tmp_path, url)
     assert (done.returncode, done.stderr) == (0, "")
@@ -58,8 +61,14 @@ def test_thirteen_steps_end_with_a_report_and_go_on_the_next_time(worker: Worker
     summary = json.loads(log.with_suffix(".json").read_text(encoding="utf-8"))["summary"]
     assert (summary["finished"], summary["vectors"]) == (True, 9 * 64)
 
+    told = log.read_bytes()
+    with Journal(tmp_path / "var" / "omega" / "ejemplo", "ejemplo"):
+        assert example(tmp_path, url).returncode == BusyError.exit_code
+    assert log.read_bytes() == told
+
     done = example(tmp_path, COLAB_SERVER_URL=url)
     assert (done.returncode, done.stderr) == (0, "")
+    assert log.read_bytes().startswith(told)
     assert "con 10 eventos aplicados" in done.stdout
     assert "20 respuestas en el historial" in done.stdout
 
