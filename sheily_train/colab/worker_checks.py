@@ -67,7 +67,8 @@ def worker(argument: str | None, token: str | None, environment: Mapping[str, st
         yield Check(name, State.WARNING, warning)
     import httpx2
 
-    with httpx2.Client(base_url=address.url, headers=_BROWSER_WARNING, timeout=_TIMEOUT) as client:
+    by_proxy = not is_loopback(urlsplit(address.url).hostname or "")  # as the client: nothing of it leaves this machine
+    with httpx2.Client(base_url=address.url, headers=_BROWSER_WARNING, timeout=_TIMEOUT, trust_env=by_proxy) as client:
         try:
             yield from hidden(_at_worker(client, address), {address.token or ""})
         except httpx2.HTTPError as error:

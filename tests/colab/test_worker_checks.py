@@ -126,6 +126,13 @@ def test_the_address_may_stand_in_the_environment_or_in_env(url: str, own_home: 
     assert remote(None, None, environment={})["Token"].state is State.OK
 
 
+def test_a_worker_of_this_machine_is_asked_by_no_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``sheily connect`` does: the proxy of a company's network would be given the token."""
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert {check.state for check in remote(url).values()} == {State.OK}
+
+
 def test_an_address_that_cannot_be_is_explained() -> None:
     """In the words of the address's own error; the token in it is not repeated."""
     found = remote(f"ftp://host/#token={TOKEN}")["Trabajador"]
