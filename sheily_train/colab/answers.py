@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sheily_train.colab.protocol import Kind
+from sheily_train.colab.screen import printable
 from sheily_train.i18n import _
 
 PATHS = {Kind.TRAIN: "/train_layer2", Kind.FEEDBACK: "/feedback_dendritas"}
@@ -31,7 +32,7 @@ def misfit(path: str, content: Mapping[str, Any]) -> str | None:
     return _("A {path} contestó otro trabajador o programa: falta «{missing}»; trae {found}.").format(
         path=path,
         missing="», «".join(missing),
-        found=", ".join(f"«{str(name)[:40]}»" for name in list(content)[:12]) or _("nada"),
+        found=", ".join(f"«{printable(str(name)[:40])}»" for name in list(content)[:12]) or _("nada"),
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from sheily_train.colab.screen import printable
+
 
 class State(StrEnum):
     """How a thing was found."""
@@ -41,7 +43,7 @@ def hidden(checks: Checks, secrets: set[str]) -> Checks:
     def hide(line: str) -> str:
         for secret in ordered:
             line = line.replace(secret, "…")
-        return "".join(letter if letter.isprintable() else " " for letter in line)
+        return printable(line)
 
     for check in checks:
         yield replace(check, found=hide(check.found), mend=hide(check.mend))

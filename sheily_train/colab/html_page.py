@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from sheily_train.colab.screen import printable
 from sheily_train.i18n import _
 
 _TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
@@ -15,5 +16,5 @@ def page_title(headers: Mapping[str, str], body: bytes) -> str | None:
     if "html" not in headers.get("Content-Type", "") and body.lstrip()[:1] != b"<":
         return None
     found = _TITLE.search(body[:20000])
-    title = " ".join(found[1].decode(errors="replace").split())[:80] if found else ""
+    title = " ".join(printable(found[1].decode(errors="replace")).split())[:80] if found else ""
     return title or _("sin título")

@@ -18,6 +18,7 @@ import orjson
 
 from sheily_train.colab.answers import misfit
 from sheily_train.colab.html_page import page_title
+from sheily_train.colab.screen import printable
 from sheily_train.errors import OutOfStep, RefusedError, UnreachableError, WorkerError
 from sheily_train.i18n import _
 
@@ -68,7 +69,7 @@ def foreign(text: str) -> Hiccup:
 def raise_refusal(response: httpx2.Response, body: bytes) -> NoReturn:
     """What a status other than 200 means."""
     status, content = response.status_code, _object(body) or {}
-    code, wait = str(content.get("code") or ""), response.headers.get("Retry-After", "")
+    code, wait = _words(content, "code"), response.headers.get("Retry-After", "")
     if code in _OUT_OF_STEP:
         expected = content.get("expected")
         raise OutOfStep(code, _text(content), expected if isinstance(expected, int) else None)
@@ -88,15 +89,20 @@ def raise_refusal(response: httpx2.Response, body: bytes) -> NoReturn:
         raise _html(page, status)
     if 300 <= status < 400:
         raise WorkerError(
-            _("La dirección reenvía a otra: {place}.").format(place=response.headers.get("Location", "?")[:200]),
+            _("La dirección reenvía a otra: {place}.").format(
+                place=printable(response.headers.get("Location", "?")[:200])
+            ),
             mend=_("Usa esa dirección, si es la del trabajador."),
         )
-    message, mend = _text(content) or _("Contestó {status} sin explicación.").format(status=status), content.get("help")
+    message, mend = (
+        _text(content) or _("Contestó {status} sin explicación.").format(status=status),
+        _words(content, "help"),
+    )
     if not 400 <= status < 500:
-        raise WorkerError(message, mend=str(mend or _("La causa está en el registro del trabajador.")))
-    known = ("status", "error", "help", "code", "detail", "message", "mend")
+        raise WorkerError(message, mend=mend or _("La causa está en el registro del trabajador."))
+    known = ("self", "status", "error", "help", "code", "detail", "message", "mend")
     facts = {name: value for name, value in content.items() if name not in known and isinstance(value, int | str)}
-    raise RefusedError(message, mend=str(mend or ""), status=status, code=code or "http", **facts)
+    raise RefusedError(message, mend=mend, status=status, code=code or "http", **facts)
 
 
 def _json_object(response: httpx2.Response, body: bytes) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _json_object(response: httpx2.Response, body: bytes) -> dict[str, Any]:
             _("La respuesta llegó cortada o dañada: {count} bytes que no son JSON entero.").format(count=len(body)),
         )
     if content.get("status") == "error":  # some v4.0 workers refuse with 200
-        raise RefusedError(_text(content), mend=str(content.get("help") or ""))
+        raise RefusedError(_text(content), mend=_words(content, "help"))
     return content
 
 
@@ -123,7 +129,12 @@ def _object(body: bytes) -> dict[str, Any] | None:
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    return str(content.get("error") or content.get("detail") or "")[:500]
+    return _words(content, "error", "detail")
+
+
+def _words(content: Mapping[str, Any], *names: str) -> str:
+    """What a reply says under the first of these names that it has."""
+    return printable(str(next((content[name] for name in names if content.get(name)), ""))[:500])
 
 
 def _html(page: str, status: int) -> Hiccup:

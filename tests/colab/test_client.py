@@ -457,6 +457,19 @@ def test_nobody_there_is_said_and_asked_a_few_times_only(tmp_path: Path) -> None
     assert TOKEN not in str(raised.value) + repr(records)
 
 
+def test_what_another_program_answers_steers_no_terminal(tmp_path: Path) -> None:
+    """Words with a terminal's own commands, and fields of any name, become an error that can be shown."""
+    said = {"error": "no\x1b[2J", "help": "\x1b]0;x\x07", "code": "\x9b5m", "self": "https://elsewhere"}
+    with pytest.raises(RefusedError) as raised:
+        run(desk(tmp_path, answering(400, orjson.dumps(said))), lambda client: client.conectar())
+    assert str(raised.value) == "no [2J  ]0;x"
+    assert raised.value.code == " 5m"
+    odd = {"fine": 1, "\x1b[2J": 2}
+    with pytest.raises(WorkerError, match="contestó otro trabajador") as other:
+        run(desk(tmp_path, answering(200, orjson.dumps(odd))), lambda client: client.conectar())
+    assert str(other.value).isprintable()
+
+
 def test_an_answer_without_an_end_is_not_read_for_ever(tmp_path: Path) -> None:
     """Over a real socket: where something else than a worker sends and sends, the client stops reading and says so."""
     sent = 0

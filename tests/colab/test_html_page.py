@@ -13,6 +13,7 @@ from sheily_train.colab.html_page import page_title
         ({"Content-Type": "text/html; charset=utf-8"}, b"<TITLE>\n ngrok  error\n</TITLE>", "ngrok error"),
         ({}, b"  <!doctype html><title lang=en>Hi</title>", "Hi"),
         ({"Content-Type": "text/html"}, b"", "sin título"),
+        ({}, b"<title>\x1b]0;red\x07 alert</title>", "]0;red alert"),
         ({}, b"<html>" + b" " * 30_000 + b"<title>far away</title>", "sin título"),
         ({}, b"<title>" + b"x" * 200 + b"</title>", "x" * 80),
         ({"Content-Type": "application/json"}, b'{"error": "<title>no page</title>"}', None),
