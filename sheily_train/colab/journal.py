@@ -88,15 +88,17 @@ class Journal:
         self._clock = clock
         self._mutex = threading.RLock()
         self._failed = False
-        durable.make_folder(folder)
         self._lock = FileLock(folder / LOCK_FILE, thread_local=False)
         try:
+            durable.make_folder(folder)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise BusyError(
                 _("El entrenamiento «{run}» ya está en marcha en otro proceso.").format(run=run),
                 mend=_("Espera a que termine, o usa otro nombre con --run."),
             ) from None
+        except OSError as error:
+            raise self._not_written(error) from error
         try:
             self._connection = self._open()
             self._begin(seed)
@@ -416,12 +418,15 @@ class Journal:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code not in _NOT_TAKEN and not isinstance(error, sqlite3.ProgrammingError):
                 raise self._damaged(0, str(error)) from error
-            raise ResourceError(
-                _("El diario {file} no se puede escribir: {reason}.").format(
-                    file=self.folder / JOURNAL_FILE, reason=error
-                ),
-                mend=_("Comprueba el sitio libre y los permisos, y repite la orden: sigue donde estaba."),
-            ) from error
+            raise self._not_written(error) from error
+
+    def _not_written(self, reason: Exception) -> ResourceError:
+        return ResourceError(
+            _("El diario {file} no se puede escribir: {reason}.").format(
+                file=self.folder / JOURNAL_FILE, reason=reason
+            ),
+            mend=_("Comprueba el sitio libre y los permisos, y repite la orden: sigue donde estaba."),
+        )
 
     def _damaged(self, seq: int, reason: str) -> DataError:
         where = _("evento {seq}: ").format(seq=seq) if seq else ""

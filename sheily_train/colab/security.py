@@ -65,12 +65,12 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def check_token(token: str) -> str:
+def check_token(token: str, mend: str = "") -> str:
     """The token itself, when an HTTP header can carry it and it cannot be guessed; else :class:`RequestError`."""
     if not _TOKEN_SHAPE.fullmatch(token):
         raise RequestError(
             _("El token no vale: se esperaban de 20 a 512 letras sin acento, cifras o los signos . _ ~ -"),
-            mend=_("Quita --token y SHEILY_WORKER_TOKEN, y el trabajador hará uno."),
+            mend=mend or _("Quita --token y SHEILY_WORKER_TOKEN, y el trabajador hará uno."),
         )
     return token
 

@@ -158,10 +158,20 @@ def worker_token(state_dir: Path, given: str | None = None) -> str:
     """The token of a worker: the one given, else that of the environment, else the folder's own, else a new one.
 
     It is kept in the folder, readable by its owner only, so that an address stays good when the worker starts again.
+
+    Raises :class:`RequestError` when it cannot be used, or not be written.
     """
+    try:
+        return _kept_token(state_dir, given or os.environ.get(TOKEN_VARIABLE, "").strip())
+    except OSError as error:
+        raise _no_folder(state_dir, error) from error
+
+
+def _kept_token(state_dir: Path, given: str) -> str:
     path = state_dir / TOKEN_FILE
-    kept = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    token = check_token(given or os.environ.get(TOKEN_VARIABLE, "").strip() or kept or new_token())
+    kept = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    delete = "" if given else _("Borra {file}, y el trabajador hará otro.").format(file=path)
+    token = check_token(given or kept or new_token(), delete)
     if token != kept:
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -429,14 +439,18 @@ def _locked_folder(folder: Path) -> Iterator[None]:
             mend=_("Páralo, o elige otra carpeta con --state-dir."),
         ) from error
     except OSError as error:
-        raise RequestError(
-            _("No se puede escribir en {folder}: {reason}.").format(folder=folder, reason=error.strerror),
-            mend=_("Elige otra carpeta con --state-dir."),
-        ) from error
+        raise _no_folder(folder, error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _no_folder(folder: Path, error: OSError) -> RequestError:
+    return RequestError(
+        _("No se puede escribir en {folder}: {reason}.").format(folder=folder, reason=error.strerror),
+        mend=_("Elige otra carpeta con --state-dir."),
+    )
 
 
 @contextmanager

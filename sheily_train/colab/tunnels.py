@@ -92,16 +92,22 @@ def _open_cloudflared(port: int, seconds: float, on_death: Callable[[], None] | 
             ).format(port=port),
         )
     # A session of its own: Ctrl-C in the terminal reaches the worker only, which answers what it has in hand first.
-    process = subprocess.Popen(
-        [program, "tunnel", "--no-autoupdate", "--url", f"http://127.0.0.1:{port}"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
+    try:
+        process = subprocess.Popen(
+            [program, "tunnel", "--no-autoupdate", "--url", f"http://127.0.0.1:{port}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:  # a program for another kind of machine, or damaged
+        raise SheilyError(
+            _("{program} no se pudo arrancar: {reason}.").format(program=program, reason=error.strerror),
+            mend=_("Instálalo de nuevo, o usa --tunnel ngrok."),
+        ) from error
     address: Future[str] = Future()
     last_words: deque[str] = deque(maxlen=_LAST_WORDS)
     threading.Thread(target=_read_cloudflared, args=(process, address, last_words), daemon=True).start()

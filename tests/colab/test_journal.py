@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sheily_train.colab.batches import BINARY_FORM
-from sheily_train.colab.journal import JOURNAL_FILE, Journal
+from sheily_train.colab.journal import JOURNAL_FILE, LOCK_FILE, Journal
 from sheily_train.colab.protocol import Kind, first_chain, next_chain
 from sheily_train.errors import BusyError, DataError, RefusedError, ResourceError
 
@@ -362,10 +362,13 @@ def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_takes_nothing_is_explained(tmp_path: Path) -> None:
-    """Where SQLite cannot open its file, the error says which."""
+    """Where SQLite cannot open its file, nor the folder or its lock be made, the error says which."""
     (tmp_path / JOURNAL_FILE).mkdir()
-    with pytest.raises(ResourceError, match=JOURNAL_FILE):
-        Journal(tmp_path, "uno")
+    (tmp_path / "file").touch()
+    (tmp_path / "locked" / LOCK_FILE).mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "file" / "uno", tmp_path / "locked"):
+        with pytest.raises(ResourceError, match=str(folder / JOURNAL_FILE)):
+            Journal(folder, "uno")
 
 
 def test_a_reader_beside_it_can_count_what_waits(tmp_path: Path) -> None:

@@ -203,6 +203,14 @@ def test_where_the_token_comes_from(state: Path, monkeypatch: pytest.MonkeyPatch
     assert worker_token(state) == "g" * 30
     file.write_text("")
     assert len(worker_token(state)) == 43
+    for damaged in (b"short", b"\xff\xfe", b"\0" * 44):
+        file.write_bytes(damaged)
+        with pytest.raises(RequestError, match=f"Borra {file}"):
+            worker_token(state)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(RequestError, match=f"No se puede escribir en {state}"):
+        worker_token(state)
 
 
 def test_the_tokens_file_is_never_open_to_others(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,14 @@ def test_without_the_program_the_message_says_what_to_do(tmp_path: Path, monkeyp
     assert "ssh -L 8123:127.0.0.1:8123" in caught.value.mend
 
 
+def test_a_program_that_cannot_be_started_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for another kind of machine, or half downloaded."""
+    put_on_path("cloudflared", "", tmp_path, monkeypatch)
+    (tmp_path / "cloudflared").write_bytes(b"\x7fELF\x00")
+    with pytest.raises(SheilyError, match=f"{tmp_path / 'cloudflared'} no se pudo arrancar"):
+        open_tunnel("cloudflared", 8000)
+
+
 def test_none_is_the_loopback_address() -> None:
     """Nothing is started."""
     tunnel = open_tunnel("none", 8123)
