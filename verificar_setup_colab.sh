@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check that all is ready to train on Colab; the same as `sheily doctor`, as: ./verificar_setup_colab.sh [URL]
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)"
 fail() {
   printf 'Error: %s\n' "$1" >&2
   exit 1

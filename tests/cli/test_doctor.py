@@ -117,7 +117,8 @@ def launch(root: Path, folder: Path, path: str, *words: str) -> subprocess.Compl
 def tools(folder: Path, **programs: str) -> str:
     """A PATH with what the launcher itself needs, and these scripts."""
     folder.mkdir()
-    (folder / "dirname").symlink_to(str(shutil.which("dirname")))
+    for name in ("dirname", "readlink"):
+        (folder / name).symlink_to(str(shutil.which(name)))
     for name, script in programs.items():
         (folder / name).write_text(f"#!{shutil.which('sh')}\n{script}\n")
         (folder / name).chmod(0o755)
@@ -138,6 +139,9 @@ def test_the_launcher_runs_the_doctor_from_any_folder(tmp_path: Path) -> None:
     assert str(root / ".venv") in found["Python"]["found"]
     assert found["Paquetes"]["state"] == "ok"
     assert f"git -C {root} checkout" in found["Archivos"]["mend"]
+    (tmp_path / LAUNCHER).symlink_to(root / LAUNCHER)  # as one puts it into ~/bin
+    linked = launch(tmp_path, tmp_path, "/usr/bin:/bin", "--json")
+    assert {check["name"]: check for check in json.loads(linked.stdout)["checks"]}["Python"] == found["Python"]
 
 
 @posix
