@@ -405,12 +405,12 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def check_token(token: str) -> str:
+def check_token(token: str, mend: str = "") -> str:
     """The token itself, when an HTTP header can carry it and it cannot be guessed; else :class:`RequestError`."""
     if not _TOKEN_SHAPE.fullmatch(token):
         raise RequestError(
             _es("El token no vale: se esperaban de 20 a 512 letras sin acento, cifras o los signos . _ ~ -"),
-            mend=_es("Quita --token y SHEILY_WORKER_TOKEN, y el trabajador hará uno."),
+            mend=mend or _es("Quita --token y SHEILY_WORKER_TOKEN, y el trabajador hará uno."),
         )
     return token
 
@@ -760,16 +760,22 @@ def _open_cloudflared(port: int, seconds: float, on_death: Callable[[], None] | 
             ).format(port=port),
         )
     # A session of its own: Ctrl-C in the terminal reaches the worker only, which answers what it has in hand first.
-    process = subprocess.Popen(
-        [program, "tunnel", "--no-autoupdate", "--url", f"http://127.0.0.1:{port}"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
+    try:
+        process = subprocess.Popen(
+            [program, "tunnel", "--no-autoupdate", "--url", f"http://127.0.0.1:{port}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:  # a program for another kind of machine, or damaged
+        raise SheilyError(
+            _es("{program} no se pudo arrancar: {reason}.").format(program=program, reason=error.strerror),
+            mend=_es("Instálalo de nuevo, o usa --tunnel ngrok."),
+        ) from error
     address: Future[str] = Future()
     last_words: deque[str] = deque(maxlen=_LAST_WORDS)
     threading.Thread(target=_read_cloudflared, args=(process, address, last_words), daemon=True).start()
@@ -894,7 +900,9 @@ def make_batch(input_data: Any, labels: Any = None, epochs: int = 1) -> Batch:
     """A checked batch from anything numpy can read: [N, 1600] numbers and, maybe, N labels (0, 1, −1 or None)."""
     if not isinstance(epochs, int) or isinstance(epochs, bool) or not 1 <= epochs <= MAX_EPOCHS:
         raise RefusedError(
-            _es("«epochs» es {found!r}; se esperaba un entero de 1 a {limit}.").format(found=epochs, limit=MAX_EPOCHS)
+            _es("«epochs» es {found}; se esperaba un entero de 1 a {limit}.").format(
+                found=shown(epochs), limit=MAX_EPOCHS
+            )
         )
     inputs_NV = _matrix(input_data)
     return Batch(inputs_NV, _labels(labels, len(inputs_NV)), epochs)
@@ -903,7 +911,7 @@ def make_batch(input_data: Any, labels: Any = None, epochs: int = 1) -> Batch:
 def make_feedback(adjustments: Any, validated: Any) -> Feedback:
     """Checked feedback from a sequence of 16 numbers in −1..1 and a boolean."""
     if not isinstance(validated, bool | np.bool_):
-        raise RefusedError(_es("«validacion» es {found!r}; se esperaba true o false.").format(found=validated))
+        raise RefusedError(_es("«validacion» es {found}; se esperaba true o false.").format(found=shown(validated)))
     values_D = _numbers(adjustments, _es("«ajustes_aplicados»"))
     if values_D.shape != (DENDRITES,):
         raise RefusedError(
@@ -1005,6 +1013,14 @@ def feedback_to_binary(feedback: Feedback) -> bytes:
     )
 
 
+def shown(value: Any) -> str:
+    """The beginning of a value that cannot be used; of one that is nested too deep to be written, what it is."""
+    try:
+        return repr(value)[:40]
+    except RecursionError:
+        return type(value).__name__
+
+
 def _check_count(count: int) -> None:
     if not 1 <= count <= MAX_SAMPLES:
         raise RefusedError(
@@ -1055,7 +1071,7 @@ def _labels(labels: Any, count: int) -> NDArray[np.int8]:
         if value is not None and (isinstance(value, bool) or value not in (0, 1, NO_LABEL)):
             raise RefusedError(
                 _es("Muestra {index}: «anomaly_label» es {found}; se esperaba 0 o 1.").format(
-                    index=index, found=str(value)[:40]
+                    index=index, found=shown(value)
                 )
             )
     return np.array([NO_LABEL if value is None else value for value in values], np.int8)
@@ -1300,8 +1316,9 @@ def rebase_digest(seq: int, time: str, left: str, taken: str) -> str:
 def check_hash(value: object, name: str) -> str:
     """The value itself, when it is a hash in hexadecimal; else :class:`RefusedError`."""
     if not isinstance(value, str) or not _HEX.fullmatch(value):
+        found = value[:80] if isinstance(value, str) else type(value).__name__
         raise RefusedError(
-            _es("«{name}» es «{found}»; se esperaban 64 cifras hexadecimales.").format(name=name, found=str(value)[:80])
+            _es("«{name}» es «{found}»; se esperaban 64 cifras hexadecimales.").format(name=name, found=found)
         )
     return value
 
@@ -1524,7 +1541,7 @@ def read_run_request(form: str, body: bytes) -> RunRequest:
         if type(value) is not int or not 0 <= value <= limit:
             raise RefusedError(
                 _es("«{name}» es {found}; se esperaba un entero de 0 a {limit}.").format(
-                    name=name, found=str(value)[:80], limit=limit
+                    name=name, found=shown(value), limit=limit
                 )
             )
     chain, rebase = (check_hash(content[name], name) if name in content else "" for name in ("chain", "rebase"))
@@ -2977,6 +2994,17 @@ class Runs:
         self._open.move_to_end(name)
         return run
 
+    def saved(self, name: str) -> Run:
+        """A run to be asked and not changed: before a client is back, as its newest snapshot has it.
+
+        Raises :class:`RefusedError` (``detached``) for one that is not known.
+        """
+        if name in self._attached:
+            return self.get(name)
+        if (standing := self.look(name)) is None:
+            raise detached_run(name)
+        return self._open.get(name) or self._load(name, standing.seed)
+
     def apply(self, claim: Claim, content: Batch | Feedback) -> tuple[bytes, bool]:
         """The answer of an event, and whether it is the stored one of an event applied before."""
         run = self.get(claim.run)
@@ -3736,10 +3764,10 @@ class OmegaWorker:
 
     async def predict(self, request: Request) -> Response:
         """Judge vectors without learning; labels are not needed."""
-        form, name = body_form(request), self._named_run(request)
+        form, run = body_form(request), self._asked_run(request)
         content = await asyncio.to_thread(read_content, Kind.TRAIN, form, await whole_body(request))
         assert isinstance(content, Batch)  # noqa: S101
-        prediction = await self._ask(lambda: self._runs.get(name).learner.predict(content.input_data))
+        prediction = await self._ask(lambda: run().learner.predict(content.input_data))
         return json_answer({"status": "ok", "anomaly_prob": prediction.anomaly_prob, "threshold": prediction.threshold})
 
     async def status(self, request: Request) -> Response:
@@ -3772,15 +3800,15 @@ class OmegaWorker:
 
     async def info(self, request: Request) -> Response:
         """The network's build."""
-        name = self._named_run(request)
+        run = self._asked_run(request)
         if self._parameters is None:
-            await self._ask(partial(self._runs.get, name))
+            await self._ask(run)
         return json_answer(describe_network(*(self._parameters or (0, 0))))
 
     async def diagnose(self, request: Request) -> Response:
         """Pass a test vector through the network."""
-        name, test_NV = self._named_run(request), np.zeros((1, VECTOR), np.float32)
-        prediction: Prediction = await self._ask(lambda: self._runs.get(name).learner.predict(test_NV))
+        run, test_NV = self._asked_run(request), np.zeros((1, VECTOR), np.float32)
+        prediction: Prediction = await self._ask(lambda: run().learner.predict(test_NV))
         return json_answer(
             {
                 "status": "diagnostico_ok",
@@ -3875,6 +3903,10 @@ class OmegaWorker:
         """The run that a request names, or the one that trained last."""
         name = request.headers.get(RUN_HEADER)
         return self._latest if name is None else check_run_id(name)
+
+    def _asked_run(self, request: Request) -> Callable[[], Run]:
+        """What gives, on the learner thread, the run that a request is about; one that it names must be attached."""
+        return partial(self._runs.get if RUN_HEADER in request.headers else self._runs.saved, self._named_run(request))
 
     def _card(self, name: str) -> Card:
         if name in self._cards:
@@ -4233,10 +4265,20 @@ def worker_token(state_dir: Path, given: str | None = None) -> str:
     """The token of a worker: the one given, else that of the environment, else the folder's own, else a new one.
 
     It is kept in the folder, readable by its owner only, so that an address stays good when the worker starts again.
+
+    Raises :class:`RequestError` when it cannot be used, or not be written.
     """
+    try:
+        return _kept_token(state_dir, given or os.environ.get(TOKEN_VARIABLE, "").strip())
+    except OSError as error:
+        raise _no_folder(state_dir, error) from error
+
+
+def _kept_token(state_dir: Path, given: str) -> str:
     path = state_dir / TOKEN_FILE
-    kept = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    token = check_token(given or os.environ.get(TOKEN_VARIABLE, "").strip() or kept or new_token())
+    kept = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    delete = "" if given else _es("Borra {file}, y el trabajador hará otro.").format(file=path)
+    token = check_token(given or kept or new_token(), delete)
     if token != kept:
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -4504,14 +4546,18 @@ def _locked_folder(folder: Path) -> Iterator[None]:
             mend=_es("Páralo, o elige otra carpeta con --state-dir."),
         ) from error
     except OSError as error:
-        raise RequestError(
-            _es("No se puede escribir en {folder}: {reason}.").format(folder=folder, reason=error.strerror),
-            mend=_es("Elige otra carpeta con --state-dir."),
-        ) from error
+        raise _no_folder(folder, error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _no_folder(folder: Path, error: OSError) -> RequestError:
+    return RequestError(
+        _es("No se puede escribir en {folder}: {reason}.").format(folder=folder, reason=error.strerror),
+        mend=_es("Elige otra carpeta con --state-dir."),
+    )
 
 
 @contextmanager

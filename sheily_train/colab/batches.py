@@ -69,7 +69,9 @@ def make_batch(input_data: Any, labels: Any = None, epochs: int = 1) -> Batch:
     """A checked batch from anything numpy can read: [N, 1600] numbers and, maybe, N labels (0, 1, −1 or None)."""
     if not isinstance(epochs, int) or isinstance(epochs, bool) or not 1 <= epochs <= MAX_EPOCHS:
         raise RefusedError(
-            _("«epochs» es {found!r}; se esperaba un entero de 1 a {limit}.").format(found=epochs, limit=MAX_EPOCHS)
+            _("«epochs» es {found}; se esperaba un entero de 1 a {limit}.").format(
+                found=shown(epochs), limit=MAX_EPOCHS
+            )
         )
     inputs_NV = _matrix(input_data)
     return Batch(inputs_NV, _labels(labels, len(inputs_NV)), epochs)
@@ -78,7 +80,7 @@ def make_batch(input_data: Any, labels: Any = None, epochs: int = 1) -> Batch:
 def make_feedback(adjustments: Any, validated: Any) -> Feedback:
     """Checked feedback from a sequence of 16 numbers in −1..1 and a boolean."""
     if not isinstance(validated, bool | np.bool_):
-        raise RefusedError(_("«validacion» es {found!r}; se esperaba true o false.").format(found=validated))
+        raise RefusedError(_("«validacion» es {found}; se esperaba true o false.").format(found=shown(validated)))
     values_D = _numbers(adjustments, _("«ajustes_aplicados»"))
     if values_D.shape != (DENDRITES,):
         raise RefusedError(
@@ -180,6 +182,14 @@ def feedback_to_binary(feedback: Feedback) -> bytes:
     )
 
 
+def shown(value: Any) -> str:
+    """The beginning of a value that cannot be used; of one that is nested too deep to be written, what it is."""
+    try:
+        return repr(value)[:40]
+    except RecursionError:
+        return type(value).__name__
+
+
 def _check_count(count: int) -> None:
     if not 1 <= count <= MAX_SAMPLES:
         raise RefusedError(
@@ -230,7 +240,7 @@ def _labels(labels: Any, count: int) -> NDArray[np.int8]:
         if value is not None and (isinstance(value, bool) or value not in (0, 1, NO_LABEL)):
             raise RefusedError(
                 _("Muestra {index}: «anomaly_label» es {found}; se esperaba 0 o 1.").format(
-                    index=index, found=str(value)[:40]
+                    index=index, found=shown(value)
                 )
             )
     return np.array([NO_LABEL if value is None else value for value in values], np.int8)

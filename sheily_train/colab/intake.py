@@ -18,6 +18,7 @@ from sheily_train.colab.batches import (
     batch_from_json,
     feedback_from_binary,
     feedback_from_json,
+    shown,
 )
 from sheily_train.colab.protocol import OWNER_HEADER, REBASE_HEADER, RUN_HEADER, Event, Kind, check_hash, check_run_id
 from sheily_train.errors import RefusedError
@@ -89,7 +90,7 @@ def read_run_request(form: str, body: bytes) -> RunRequest:
         if type(value) is not int or not 0 <= value <= limit:
             raise RefusedError(
                 _("«{name}» es {found}; se esperaba un entero de 0 a {limit}.").format(
-                    name=name, found=str(value)[:80], limit=limit
+                    name=name, found=shown(value), limit=limit
                 )
             )
     chain, rebase = (check_hash(content[name], name) if name in content else "" for name in ("chain", "rebase"))

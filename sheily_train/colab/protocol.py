@@ -133,8 +133,9 @@ def rebase_digest(seq: int, time: str, left: str, taken: str) -> str:
 def check_hash(value: object, name: str) -> str:
     """The value itself, when it is a hash in hexadecimal; else :class:`RefusedError`."""
     if not isinstance(value, str) or not _HEX.fullmatch(value):
+        found = value[:80] if isinstance(value, str) else type(value).__name__
         raise RefusedError(
-            _("«{name}» es «{found}»; se esperaban 64 cifras hexadecimales.").format(name=name, found=str(value)[:80])
+            _("«{name}» es «{found}»; se esperaban 64 cifras hexadecimales.").format(name=name, found=found)
         )
     return value
 

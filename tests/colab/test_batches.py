@@ -84,6 +84,9 @@ def body(*samples: Any, **more: Any) -> bytes:
     return json.dumps({"samples": list(samples), **more}).encode()
 
 
+DEEP = b"[" * 1000 + b"]" * 1000
+"""Nested as deep as JSON is read, and deeper than Python writes a value."""
+
 REFUSED_JSON = {
     "not JSON": (b"{", "no es JSON"),
     "NaN": (b'{"samples": [{"input_data": [NaN]}]}', "no es JSON"),
@@ -115,6 +118,9 @@ REFUSED_JSON = {
     "epochs 101": (body({"input_data": ROW}, epochs=101), "epochs"),
     "epochs text": (body({"input_data": ROW}, epochs="2"), "epochs"),
     "epochs true": (body({"input_data": ROW}, epochs=True), "epochs"),
+    "label deep": (body({"input_data": ROW, "anomaly_label": 0}).replace(b": 0}", b": " + DEEP + b"}"), "Muestra 0"),
+    "epochs deep": (body({"input_data": ROW}, epochs=7).replace(b": 7}", b": " + DEEP + b"}"), "«epochs» es list"),
+    "epochs long": (body({"input_data": ROW}, epochs="x" * 100_000), "epochs"),
     "not UTF-8": (b'{"samples": "\xff"}', "no es JSON"),
 }
 
@@ -126,6 +132,7 @@ def test_json_that_is_no_batch_is_refused(case: str) -> None:
     with pytest.raises(RefusedError, match=words) as caught:
         batch_from_json(content)
     assert 400 <= caught.value.status < 500
+    assert len(caught.value.message) < 200
 
 
 REFUSED_FEEDBACK = {
@@ -135,6 +142,7 @@ REFUSED_FEEDBACK = {
     "no list": (b'{"ajustes_aplicados": null, "validacion": true}', "solo números"),
     "no verdict": (json.dumps({"ajustes_aplicados": [0] * 16}).encode(), "validacion"),
     "verdict 1": (json.dumps({"ajustes_aplicados": [0] * 16, "validacion": 1}).encode(), "true o false"),
+    "verdict deep": (b'{"ajustes_aplicados": [0], "validacion": ' + DEEP + b"}", "es list; se esperaba true"),
     "1e999": (b'{"ajustes_aplicados": [1e999], "validacion": true}', "."),
 }
 

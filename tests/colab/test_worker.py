@@ -561,6 +561,8 @@ def bad_requests() -> dict[str, tuple[int, dict[str, Any]]]:
         "run with a bad seed": (400, as_json({"run": "dos", "seed": -1}, "/run")),
         "run with a bad owner": (400, as_json({"run": "dos", "owner": "1"}, "/run")),
         "run with true": (400, as_json({"run": "dos", "seed": True}, "/run")),
+        "run with a deep seed": (400, as_json(b'{"run": "dos", "seed": ' + b"[" * 1000 + b"]" * 1000 + b"}", "/run")),
+        "run with a deep chain": (400, as_json(b'{"run": "dos", "chain": ' + b"[" * 1000 + b"]" * 1000 + b"}", "/run")),
         "run with a bad chain": (400, as_json({"run": "dos", "chain": "0"}, "/run")),
         "run with a bad rebase": (400, as_json({"run": "dos", "rebase": True}, "/run")),
         "run reserved": (422, as_json({"run": "anonimo"}, "/run")),
