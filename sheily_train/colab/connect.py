@@ -23,8 +23,8 @@ import orjson
 from sheily_train import durable, paths, runlog
 from sheily_train.colab.address import Address
 from sheily_train.colab.answers import event_record
+from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
 from sheily_train.colab.batches import VECTOR, Batch
-from sheily_train.colab.client import ClienteColabAsincrono
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import Kind, check_run_id
 from sheily_train.colab.tally import Tally
@@ -34,7 +34,6 @@ from sheily_train.errors import Interrupted, RequestError, ResourceError, Unreac
 from sheily_train.i18n import _
 from sheily_train.runlog import Listener, Record, RunLog
 
-DEFAULT_RUN = "principal"
 _WORKERS_OWN_FOLDER = "worker"
 _REPORTS = (".html", ".json", ".md")
 _INTERVAL = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,5})m(?:in)?)?(?:(\d{1,7})s)?")
