@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -90,7 +91,7 @@ def find_branch(branches_dir: Path, name: str) -> Branch:
     if any(branch.training_files for branch in branches.values()):
         branches.setdefault(COMMON_BRANCH, _common(branches_dir, list(branches.values())))
     if name not in branches:
-        near = difflib.get_close_matches(name.casefold(), branches, n=3)
+        near = _near(name, list(branches.values()))
         suggestion = _("¿Quizá {names}?").format(names=", ".join(near)) + " " if near else ""
         raise RequestError(
             _("No hay ninguna rama «{name}» en {folder}.").format(name=name, folder=shown_path(branches_dir)),
@@ -105,6 +106,23 @@ def find_branch(branches_dir: Path, name: str) -> Branch:
             mend=_("Ponlos ahí, o impórtalos con: sheily branches import {name} ARCHIVO").format(name=name),
         )
     return branch
+
+
+def _near(name: str, branches: list[Branch]) -> list[str]:
+    """The branches whose name, or one of whose titles, is like ``name``: «física» finds physics."""
+    called = {_folded(branch.name): branch.name for branch in branches}
+    for branch in branches:
+        with contextlib.suppress(DataError, OSError):
+            title = read_description(branch).get("title", "")
+            for text in title.values() if isinstance(title, dict) else [title]:
+                called.setdefault(_folded(str(text)), branch.name)
+    near = [_folded(name)] if _folded(name) in called else difflib.get_close_matches(_folded(name), called, n=3)
+    return list(dict.fromkeys(called[text] for text in near))
+
+
+def _folded(text: str) -> str:
+    """The text without case and accents."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
 
 
 def _common(branches_dir: Path, branches: list[Branch]) -> Branch:

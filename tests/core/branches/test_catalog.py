@@ -66,6 +66,17 @@ def test_unknown_branch_suggests_near_names(tmp_path: Path) -> None:
     assert "sheily branches list" in caught.value.mend
 
 
+@pytest.mark.parametrize("name", ["física", "Fisica", "FÍSICA", "fisicas"])
+def test_a_title_suggests_its_branch(tmp_path: Path, name: str) -> None:
+    """Who gives a branch's title in place of its name is told the name, whatever the accents and the case."""
+    for branch, title in (("physics", '{ es = "Física", en = "Physics" }'), ("music", '"Música"'), ("art", "no TOML")):
+        (make_branch(tmp_path, branch) / "branch.toml").write_text(f"title = {title}\n", encoding="utf-8")
+    with pytest.raises(RequestError) as caught:
+        catalog.find_branch(tmp_path, name)
+    assert caught.value.mend.startswith("¿Quizá physics")
+    assert "art" not in caught.value.mend
+
+
 def test_case_of_the_name_counts(tmp_path: Path) -> None:
     """``Physics`` is not ``physics``, even on a disk that thinks so."""
     make_branch(tmp_path, "physics", "training/data/train.jsonl")
