@@ -21,13 +21,16 @@ from sheily_train.i18n import _
 @debug_option
 def export(branch: str, merge: bool, output: Path | None, force: bool, models_dir: Path) -> None:
     """Write the merged model."""
-    from sheily_train.core.training.export import merge_specialist
+    from sheily_train.core.training.specialist import require_config
     from sheily_train.errors import RequestError
 
+    require_config(models_dir / branch, branch)
     if not merge:
         raise RequestError(
-            _("El adaptador ya está listo para usarse en {folder}.").format(folder=models_dir / branch),
-            mend=_("Para una carpeta de modelo completa, añade --merge."),
+            _("El especialista ya está listo para usarse en {folder}.").format(folder=models_dir / branch),
+            mend=_("Si es un adaptador y hace falta una carpeta de modelo completa, añade --merge."),
         )
+    from sheily_train.core.training.export import merge_specialist
+
     folder = merge_specialist(models_dir / branch, branch, output or models_dir / f"{branch}-merged", force=force)
     click.echo(_("Modelo completo en {folder}").format(folder=folder))

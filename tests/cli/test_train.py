@@ -125,6 +125,7 @@ def test_tensorboard_gets_the_numbers(run: Run, home: Path) -> None:
         (("ask", "physics", "¿Qué?"), 2, "sheily train --branch physics"),
         (("evaluate", "music"), 2, "sheily train --branch music"),
         (("export", "music", "--merge"), 2, "sheily train --branch music"),
+        (("export", "music"), 2, "sheily train --branch music"),
     ],
 )
 def test_mistakes_get_one_clear_line(run: Run, words: tuple[str, ...], code: int, said: str) -> None:
