@@ -31,7 +31,7 @@ def _setting_option(item: Field[Any]) -> Callable[[Any], Any]:
         return click.option(names, item.name, default=None, help=help_text)
     choices, default = item.metadata["choices"], item.default
     shown = ",".join(default) if isinstance(default, tuple) else default
-    if isinstance(shown, str | int | float):
+    if isinstance(shown, str | int | float) and shown != "":
         help_text += " " + _("[por defecto: {default}]").format(default=shown)
     metavar = f"[{'|'.join(choices)}]" if choices else _METAVARS.get(str(item.type).partition(" ")[0], _("TEXTO"))
     return click.option(flag(item.name), *item.metadata["aliases"], item.name, metavar=metavar, help=help_text)
@@ -48,7 +48,7 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(
-    help=_("Entrena el especialista de una o varias ramas, o sigue donde se cortó."),
+    help=_("Entrena una rama o varias, o sigue donde se cortó."),
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )
 @click.option("--list-branches", "listing", is_flag=True, help=_("Muestra las ramas y termina."))
@@ -92,6 +92,8 @@ def _requests(given: dict[str, Any], names: tuple[str, ...], everything: bool) -
     from sheily_train.core.branches import catalog
 
     configured = given.pop("branch", "")
+    if everything and names:
+        raise RequestError(_("--branch y --all a la vez."), mend=_("Da una de las dos."))
     if everything:
         names = tuple(
             branch.name for branch in catalog.find_branches(given.get("branches_dir") or paths.branches_dir())

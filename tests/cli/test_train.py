@@ -115,6 +115,7 @@ def test_tensorboard_gets_the_numbers(run: Run, home: Path) -> None:
     [
         (("train",), 2, "--branch NOMBRE"),
         (("train", "--branch", "fisics"), 2, "physics"),
+        (("train", "--branch", "physics", "--all"), 2, "--branch y --all"),
         (("train", "--branch", "physics", "--epochs", "0"), 2, "--epochs vale 0"),
         (("train", "--branch", "physics", "--epochs", "dos"), 2, "un número"),
         (("train", "--branch", "physics", "--device", "cuda"), 2, "hay: cpu"),

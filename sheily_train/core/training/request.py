@@ -126,7 +126,7 @@ class TrainRequest:
         for item in fields(self):
             _check_bounds(item, getattr(self, item.name))
         if not self.lora_targets:
-            raise RequestError(_("--lora-targets está vacío."), mend=_("Da nombres de capas, auto o all-linear."))
+            raise RequestError(_("--lora-targets está vacío."), mend=_("Da nombres de capas, o all-linear."))
         if self.init_adapter and not self.uses_adapter:
             raise RequestError(_("--init-adapter sin --lora ni --qlora."), mend=_("Añade --lora."))
 
@@ -192,7 +192,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path
     """
     given: dict[str, Any] = {}
     if file is not None:
-        given |= {name: _convert(name, value, str(file)) for name, value in _read_config(file).items()}
+        given |= {name: _convert(name, value, f"{file}: {name}") for name, value in _read_config(file).items()}
     for item in settings():
         variable = ENVIRONMENT_PREFIX + item.name.upper()
         if value := environment.get(variable):
@@ -249,8 +249,8 @@ def _convert(name: str, value: Any, origin: str) -> Any:
         return _as(kind, value)
     except (TypeError, ValueError):
         raise RequestError(
-            _("{origin}: {name} vale «{value}»; se esperaba {kind}.").format(
-                origin=origin, name=name, value=value, kind=_KIND_NAMES.get(kind, _("una lista de nombres"))
+            _("{origin} vale «{value}»; se esperaba {kind}.").format(
+                origin=origin, value=value, kind=_KIND_NAMES.get(kind, _("una lista de nombres"))
             )
         ) from None
 

@@ -95,9 +95,11 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, expected: 
 
 
 def test_a_bad_variable_is_named() -> None:
-    """The message says which variable holds what."""
-    with pytest.raises(RequestError, match=r"SHEILY_EPOCHS: .*«muchas»"):
+    """The message says which variable, or which flag, holds what, once."""
+    with pytest.raises(RequestError, match=r"^SHEILY_EPOCHS vale «muchas»; se esperaba un número"):
         resolve({}, {"SHEILY_EPOCHS": "muchas"}, None)
+    with pytest.raises(RequestError, match=r"^--lr vale «1,5»; se esperaba un número"):
+        resolve({"lr": "1,5"}, {}, None)
 
 
 @pytest.mark.parametrize(
