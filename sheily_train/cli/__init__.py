@@ -55,6 +55,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, prog: st
             raise
         click.echo(_("Error: {error}").format(error=error), err=True)
         code = error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = error.exit_code
     except click.ClickException as error:
         usage = error.ctx.get_usage() + "\n" if isinstance(error, click.UsageError) and error.ctx else ""
         click.echo(usage + _("Error: {error}").format(error=error.format_message()), err=True)

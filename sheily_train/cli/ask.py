@@ -11,7 +11,7 @@ from sheily_train.cli.options import debug_option, device_option, models_dir_opt
 from sheily_train.i18n import _
 
 
-@click.command(help=_("Pregunta al especialista de una rama; la respuesta sale según se escribe."))
+@click.command(help=_("Pregunta al especialista de una rama. La respuesta sale según se escribe."))
 @click.argument("branch", metavar=_("RAMA"))
 @click.argument("question", metavar=_("PREGUNTA"))
 @click.option("--compare", is_flag=True, help=_("Muestra también lo que responde la base, lado a lado."))

@@ -144,7 +144,7 @@ def _print_facts(facts: dict[str, Any], samples: Iterable[Example]) -> None:
             click.echo(f"  {_ROLES[turn.role]}: {excerpt(turn.content, 300)}")
 
 
-@branches.command(help=_("Comprueba todas las filas de las ramas, o de las que se nombren; sale con 1 si algo va mal."))
+@branches.command(help=_("Comprueba las filas de todas las ramas, o de las nombradas. Sale con 1 si algo va mal."))
 @click.argument("names", metavar=_("[RAMA]…"), nargs=-1)
 @click.option(
     "--max-characters",
@@ -211,8 +211,8 @@ def _print_problems(problems: Sequence[Problem], limit: int) -> None:
 @branches.command(
     "import",
     help=_(
-        "Importa filas a una rama, que se crea si no existe: archivos JSONL, CSV, TSV o Parquet, o el nombre de un "
-        "conjunto de Hugging Face. Si una sola fila está mal no se escribe nada."
+        "Importa filas a una rama, que se crea si no existe. Toma archivos JSONL, CSV, TSV o Parquet, o el nombre de "
+        "un conjunto de Hugging Face. Si una sola fila está mal no se escribe nada."
     ),
 )
 @click.argument("name", metavar=_("RAMA"))

@@ -20,7 +20,9 @@ _PRESETS = ("prueba_rapida", "entrenamiento_estandar", "deteccion_anomalias", "e
 _INTEGER, _FILE = _("ENTERO"), _("ARCHIVO")
 
 
-@click.command(help=_("Entrena OMEGA 21 en el trabajador de URL, con vectores que hace o lee; o sigue donde se cortó."))
+@click.command(
+    help=_("Entrena OMEGA 21 en un trabajador, o sigue donde se cortó. Los vectores los hace, o los lee de un archivo.")
+)
 @click.argument("url", required=False, metavar=_("[URL]"))
 @click.option(
     "--muestras", type=int, metavar=_INTEGER, help=_("Vectores que se envían. [por defecto: 500, o el archivo entero]")

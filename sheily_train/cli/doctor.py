@@ -23,7 +23,7 @@ _COLOURS = {"ok": "green", "aviso": "yellow", "mal": "red"}
 _NAME_WIDTH = 11
 
 
-@click.command(help=_("Comprueba que todo está a punto para entrenar en Colab, y di cómo arreglar lo que no."))
+@click.command(help=_("Comprueba que todo está a punto para entrenar en Colab. De lo que no, dice cómo arreglarlo."))
 @click.argument("url", required=False, metavar=_("[URL]"))
 @click.option("--token", metavar=_("TOKEN"), help=_("El token del trabajador, si la dirección no lo lleva."))
 @click.option("--torch", "with_torch", is_flag=True, help=_("Carga también PyTorch y di qué dispositivos ve."))

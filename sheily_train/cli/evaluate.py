@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @click.command(
     help=_(
-        "Mide la pérdida y la perplejidad de base y especialista sobre los ejemplos reservados; con --matrix, la de "
-        "cada especialista en cada rama."
+        "Mide base y especialista sobre los ejemplos reservados. Da pérdida y perplejidad; con --matrix, la pérdida "
+        "de cada especialista en cada rama."
     )
 )
 @click.argument("branches", metavar=_("RAMA…"), nargs=-1)

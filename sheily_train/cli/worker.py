@@ -11,7 +11,7 @@ from sheily_train.cli.options import debug_option
 from sheily_train.i18n import _
 
 
-@click.command(help=_("Atiende entrenamientos de OMEGA 21 en esta máquina y muestra la dirección que copiar."))
+@click.command(help=_("Atiende entrenamientos de OMEGA 21 en esta máquina. Muestra la dirección que copiar."))
 @click.option(
     "--host", default="127.0.0.1", show_default=True, metavar=_("NOMBRE"), help=_("Dirección en la que escucha.")
 )

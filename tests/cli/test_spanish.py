@@ -54,6 +54,18 @@ def test_a_slip_on_the_command_line_is_told_in_spanish(
     assert english_in(err) == []
 
 
+@pytest.mark.parametrize("line", ["", "branches", "models"])
+def test_a_group_alone_shows_its_help_once(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the help that was asked for, not as an error's text; with exit code 2, for nothing was done."""
+    with pytest.raises(SystemExit) as caught:
+        run(sheily, line.split())
+    shown = capsys.readouterr()
+    assert (caught.value.code, shown.out) == (2, "")
+    with pytest.raises(SystemExit):
+        run(sheily, [*line.split(), "--help"])
+    assert shown.err == capsys.readouterr().out
+
+
 def commands(command: click.Command, *words: str) -> Iterator[tuple[str, ...]]:
     yield words
     if isinstance(command, click.Group):
@@ -62,11 +74,16 @@ def commands(command: click.Command, *words: str) -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("words", list(commands(sheily)), ids=" ".join)
-def test_every_help_page_is_spanish(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    """Headings, placeholders and click's own options too."""
+def test_every_help_page_is_spanish(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headings, placeholders and click's own options too; no sentence is cut, no default is empty."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
         run(sheily, [*words, "--help"])
     page = capsys.readouterr().out
     assert caught.value.code == 0
     assert page.startswith("Uso: sheily")
     assert english_in(page) == []
+    assert "[por defecto: ]" not in page
+    assert "..." not in page  # a command's first sentence stands in the list of commands
