@@ -17,6 +17,7 @@ from sheily_train.colab.amounts import count_text, number_text, percent_text, si
 from sheily_train.colab.breaks import differences
 from sheily_train.colab.plots import draw_plots
 from sheily_train.colab.story import Session, Story, Summary, percentiles, read_story, share, split
+from sheily_train.colab.verdicts import reason_text
 from sheily_train.errors import RequestError, ResourceError
 from sheily_train.i18n import _
 
@@ -243,7 +244,7 @@ def _sessions(sessions: list[Session]) -> list[tuple[str, ...]]:
 
 def _lists(story: Story) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """The tables with several columns: title, column names, rows; only those that say more than the rest."""
-    reasons = [(reason, str(count)) for reason, count in story.summary.retry_reasons.items()]
+    reasons = [(reason_text(reason), str(count)) for reason, count in story.summary.retry_reasons.items()]
     lists: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
         (
             _("Por sesión"),

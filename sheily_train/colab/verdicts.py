@@ -43,6 +43,30 @@ class Hiccup(Exception):
         self.reason, self.text, self.wait, self.final = reason, text, wait, final
 
 
+_REASONS = {
+    "connection": _("no hay conexión"),
+    "timeout": _("no contestó a tiempo"),
+    "cut": _("la respuesta llegó cortada"),
+    "html": _("contestó una página HTML"),
+    "damaged": _("el envío llegó dañado"),
+    "foreign": _("contestó otro trabajador"),
+    "busy": _("el trabajador está ocupado"),
+    "slow": _("el envío tardó demasiado"),
+    "storage": _("el disco del trabajador no lo admite"),
+    "gap": _("al trabajador le faltan eventos"),
+    "detached": _("el trabajador ha arrancado de nuevo"),
+    "restarted": _("el trabajador volvió a su última copia"),
+    "ghost": _("una petición anterior llegó tarde"),
+}
+
+
+def reason_text(reason: str) -> str:
+    """A :class:`Hiccup`'s one word for a person; what is not known stays as it is."""
+    if reason.startswith("http-"):
+        return _("contestó {status}").format(status=reason.removeprefix("http-"))
+    return _REASONS.get(reason, reason)
+
+
 @dataclass(frozen=True)
 class Answer:
     """A worker's answer: its exact bytes, and the JSON object in them."""

@@ -180,6 +180,15 @@ def test_a_long_log_gives_a_page_that_a_phone_can_open(tmp_path: Path) -> None:
     assert len(json.loads(data.read_text())["steps"]) == 4000
 
 
+def test_the_reasons_of_retries_are_words(tmp_path: Path) -> None:
+    """In the tables; the JSON has the log's own."""
+    log = write_log(tmp_path / "l.jsonl", ("retry", {"reason": "connection", "attempt": 1, "wait": 1.0}))
+    page, data, notes = (file.read_text(encoding="utf-8") for file in write_report(log, tmp_path / "i.html"))
+    assert "| no hay conexión | 1 |" in notes
+    assert "no hay conexión" in page
+    assert json.loads(data)["summary"]["retry_reasons"] == {"connection": 1}
+
+
 def test_text_from_outside_cannot_break_out(tmp_path: Path) -> None:
     """A reason that is HTML is shown as text, and one with bars keeps the table whole."""
     reason = "<script>alert(1)</script> | a\nb"

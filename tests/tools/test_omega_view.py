@@ -144,7 +144,22 @@ def test_the_summary_leaves_out_what_there_was_not() -> None:
     """No batch, no time, no feedback, no retry."""
     nothing = DONE | {"batches": 0, "vectors": 0, "loss": None, "loss_first": None, "anomaly_prob": None}
     lines = plain(nothing | {"feedback": 0, "retries": 0, "seconds": 0, "vectors_per_second": None})
-    assert lines == ["✅ Entrenamiento completado", "   Vectores: 0 en 0 lotes", "   Tiempo: 0.0 s (0 vectores/s)"]
+    assert lines == ["✅ Entrenamiento completado", "   Vectores: 0 en 0 lotes", "   Tiempo: 0.0 s"]
+    assert plain(DONE | {"vectors_per_second": 0.0})[4] == "   Tiempo: 10.0 s"  # nothing was left to train
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("connection", "no hay conexión"),
+        ("busy", "el trabajador está ocupado"),
+        ("http-524", "contestó 524"),
+        ("502 [Bad Gateway]", "502 [Bad Gateway]"),
+    ],
+)
+def test_a_retry_says_why_in_words(reason: str, told: str) -> None:
+    """The log's one word for it is for programs."""
+    assert plain(RETRY | {"reason": reason}) == [f"Reintento 2 en 0.8 s: {told}"]
 
 
 def test_diagnosis_metrics_resync_rebase_and_notes_are_told() -> None:

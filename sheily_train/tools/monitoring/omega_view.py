@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from sheily_train.colab.breaks import differences, whereto
 from sheily_train.colab.tally import Tally
+from sheily_train.colab.verdicts import reason_text
 from sheily_train.i18n import _
 from sheily_train.runlog import Record
 from sheily_train.tools.monitoring.terminal import SilentView
@@ -170,7 +171,7 @@ def _retry(record: Record) -> list[str]:
     wait = record.get("wait") or 0.0
     return [
         _("Reintento {attempt} en {wait:.1f} s: {reason}").format(
-            attempt=record.get("attempt", "?"), wait=wait, reason=record.get("reason", "?")
+            attempt=record.get("attempt", "?"), wait=wait, reason=reason_text(str(record.get("reason", "?")))
         )
     ]
 
@@ -210,11 +211,9 @@ def _done(record: Record) -> list[str]:
     if record["anomaly_prob"] is not None:
         lines.append(_("   Anomalía: {percent:.2f}%").format(percent=100 * record["anomaly_prob"]))
     lines.append(_("   Vectores: {vectors} en {batches} lotes").format(**record))
-    lines.append(
-        _("   Tiempo: {seconds:.1f} s ({rate:.0f} vectores/s)").format(
-            seconds=record["seconds"], rate=record["vectors_per_second"] or 0
-        )
-    )
+    rate = record["vectors_per_second"]
+    speed = _(" ({rate:.0f} vectores/s)").format(rate=rate) if rate else ""
+    lines.append(_("   Tiempo: {seconds:.1f} s").format(seconds=record["seconds"]) + speed)
     if record["feedback"]:
         lines.append(_("   Feedback: {validated} de {feedback} validados").format(**record))
     if record["retries"]:
