@@ -30,11 +30,11 @@ from sheily_train.colab.protocol import Kind, check_run_id
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.core.omega.generator import GeneradorDatosEntrenamiento
-from sheily_train.errors import Interrupted, RequestError, ResourceError, UnreachableError
+from sheily_train.errors import Interrupted, RefusedError, RequestError, ResourceError, UnreachableError
 from sheily_train.i18n import _
 from sheily_train.runlog import Listener, Record, RunLog
 
-_WORKERS_OWN_FOLDER = "worker"
+_WORKERS_OWN_NAMES = {"worker", "anonimo"}  # its usual folder, and the run of clients that name none
 _REPORTS = (".html", ".json", ".md")
 _INTERVAL = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,5})m(?:in)?)?(?:(\d{1,7})s)?")
 
@@ -66,9 +66,18 @@ class Order:
     client: ClientSettings = ClientSettings()
 
     def __post_init__(self) -> None:
-        check_run_id(self.run)
-        if self.run.lower() == _WORKERS_OWN_FOLDER:
-            raise RequestError(_("--run «{run}» es el nombre que usa el trabajador.").format(run=self.run))
+        try:
+            check_run_id(self.run)
+        except RefusedError as error:
+            raise RequestError(f"--run: {error.message}", mend=error.mend) from None
+        if self.run.lower() in _WORKERS_OWN_NAMES:
+            raise RequestError(
+                _("--run «{run}» es un nombre que usa el trabajador.").format(run=self.run), mend=_("Usa otro.")
+            )
+        if self.settings.datos is not None and not self.settings.datos.exists():
+            raise RequestError(
+                _("No existe {file}.").format(file=self.settings.datos), mend=_("Da con --datos un archivo que exista.")
+            )
         if self.report and (self.report.suffix.lower() not in _REPORTS or not self.report.absolute().parent.is_dir()):
             raise RequestError(
                 _("No se puede escribir el informe en «{file}».").format(file=self.report),
