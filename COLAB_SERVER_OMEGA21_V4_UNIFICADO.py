@@ -1025,7 +1025,7 @@ def _check_count(count: int) -> None:
     if not 1 <= count <= MAX_SAMPLES:
         raise RefusedError(
             _es("El lote trae {found} muestras; se esperaban de 1 a {limit}.").format(found=count, limit=MAX_SAMPLES),
-            mend=_es("Divide el lote."),
+            mend=_es("Divide el lote.") if count else _es("Pon alguna muestra."),
             status=413 if count else 400,
         )
 
@@ -3397,7 +3397,10 @@ def _batch_schema() -> _JsonSchema:
     value = {"type": "number", "minimum": -MAX_MAGNITUDE, "maximum": MAX_MAGNITUDE}
     sample = {
         "type": "object",
-        "properties": {"input_data": _list_schema(value, VECTOR, VECTOR), "anomaly_label": {"enum": [0, 1]}},
+        "properties": {
+            "input_data": _list_schema(value, VECTOR, VECTOR),
+            "anomaly_label": {"enum": [0, 1, NO_LABEL, None]},
+        },
         "required": ["input_data"],
     }
     epochs = {"type": "integer", "minimum": 1, "maximum": MAX_EPOCHS}

@@ -194,7 +194,7 @@ def _check_count(count: int) -> None:
     if not 1 <= count <= MAX_SAMPLES:
         raise RefusedError(
             _("El lote trae {found} muestras; se esperaban de 1 a {limit}.").format(found=count, limit=MAX_SAMPLES),
-            mend=_("Divide el lote."),
+            mend=_("Divide el lote.") if count else _("Pon alguna muestra."),
             status=413 if count else 400,
         )
 

@@ -15,6 +15,7 @@ from sheily_train.colab.batches import (
     MAX_EPOCHS,
     MAX_MAGNITUDE,
     MAX_SAMPLES,
+    NO_LABEL,
     VECTOR,
 )
 from sheily_train.colab.intake import MAX_OWNER, MAX_SEED
@@ -123,7 +124,10 @@ def _batch_schema() -> _JsonSchema:
     value = {"type": "number", "minimum": -MAX_MAGNITUDE, "maximum": MAX_MAGNITUDE}
     sample = {
         "type": "object",
-        "properties": {"input_data": _list_schema(value, VECTOR, VECTOR), "anomaly_label": {"enum": [0, 1]}},
+        "properties": {
+            "input_data": _list_schema(value, VECTOR, VECTOR),
+            "anomaly_label": {"enum": [0, 1, NO_LABEL, None]},
+        },
         "required": ["input_data"],
     }
     epochs = {"type": "integer", "minimum": 1, "maximum": MAX_EPOCHS}

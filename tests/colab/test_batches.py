@@ -135,6 +135,14 @@ def test_json_that_is_no_batch_is_refused(case: str) -> None:
     assert len(caught.value.message) < 200
 
 
+@pytest.mark.parametrize(("count", "mend"), [(0, "Pon alguna muestra."), (100_000, "Divide el lote.")])
+def test_a_batch_of_no_fitting_size_is_told_what_to_do(count: int, mend: str) -> None:
+    """None at all are not divided."""
+    with pytest.raises(RefusedError) as caught:
+        batch_from_json(b'{"samples": [' + b",".join([b"{}"] * count) + b"]}")
+    assert caught.value.mend == mend
+
+
 REFUSED_FEEDBACK = {
     "not 16": (b'{"ajustes_aplicados": [0, 0], "validacion": true}', "esperaban 16 números, llegaron 2"),
     "out of range": (json.dumps({"ajustes_aplicados": [2] * 16, "validacion": True}).encode(), "fuera de"),

@@ -838,6 +838,13 @@ def test_the_description_names_every_endpoint_with_its_body_and_answer(tmp_path:
             body = content["paths"][path]["post"]["requestBody"]["content"]
             assert set(body) == {JSON_FORM, BINARY_FORM}
             assert (await desk.http.post(path, json=body[JSON_FORM]["example"])).status_code == 200
+        for path in ("/train_layer2", "/predict"):
+            schema = content["paths"][path]["post"]["requestBody"]["content"][JSON_FORM]["schema"]
+            labels = schema["properties"]["samples"]["items"]["properties"]["anomaly_label"]["enum"]
+            assert labels == [0, 1, -1, None]
+            for label in labels:
+                sample = {"input_data": [0.5] * 1600, "anomaly_label": label}
+                assert (await desk.http.post(path, json={"samples": [sample]})).status_code == 200
 
     run_async(tmp_path, work)
 
