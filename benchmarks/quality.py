@@ -1,12 +1,12 @@
 """Time to quality: seconds of training until held-out loss is what the best peer has at the end of its epoch.
 
     python benchmarks/quality.py --branches-dir DIR --peers peers.py --branch NAME [--branch NAME …]
-        [--tool peft:8:fp32:1e-3 …] [--ours 4:1e-3:cosine …] [--share 1 --share 0.5 …]
+        [--tool peft:8:fp32:1e-3 …] [--ours 4:auto:cosine …] [--share 1 --share 0.5 …]
         [--r 8 --targets q_proj,v_proj] [--python-for trl=PATH …]
 
 ``peers.py TOOL`` trains one epoch at every tool:batch:precision:rate; the one with the least held-out loss sets the
 mark and the seconds to beat. Every one of ours (batch:rate:schedule) trains the same adapter for shorter and shorter
-shares of an epoch, each a run with a schedule of its own, until one misses the mark.
+shares of an epoch, each a run with a schedule of its own, until one misses the mark. The rate ``auto`` is the default.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _SHARES = (1.0, 0.5, 0.35, 0.25, 0.18, 0.12)
 def ours(arguments: Namespace, branch: str, setting: str, share: float) -> dict[str, Any]:
     """Train for a share of an epoch in a folder that is thrown away."""
     batch, rate, schedule = setting.split(":")
+    rates = [] if rate == "auto" else ["--lr", rate]
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "sheily_train", "train", "--branch", branch, "--lora", "--epochs", str(share)]
-        words += ["--batch-size", batch, "--lr", rate, "--schedule", schedule]
+        words += ["--batch-size", batch, *rates, "--schedule", schedule]
         words += ["--lora-r", str(arguments.r), "--lora-targets", arguments.targets, "--json"]
         words += ["--branches-dir", str(arguments.branches_dir), "--output", f"{folder}/model"]
         [result] = json.loads(run(words, folder))
@@ -58,7 +59,7 @@ def measure(arguments: Namespace, branch: str) -> dict[str, Any]:
         show({"branch": branch} | peers[-1])
     best = min(peers, key=lambda row: row["heldout_after"])
     tried: list[dict[str, Any]] = []
-    for setting in arguments.ours or ["4:1e-3:cosine"]:
+    for setting in arguments.ours or ["4:auto:cosine"]:
         for share in arguments.share or _SHARES:
             tried.append(ours(arguments, branch, setting, share))
             show(tried[-1])

@@ -163,11 +163,9 @@ class _Cells:
 
 def _known(log: Path) -> tuple[dict[tuple[str, str, bool], float], int]:
     """The cells of the log by model, rows and whether it is the base's, and the bytes of its whole lines."""
-    if not log.is_file():
-        return {}, 0
-    records = runlog.read(log, _CELL)
+    records = runlog.read(log, _CELL) if log.is_file() else ()
     cells = {(cell["model"], cell["rows"], cell["of_base"]): cell["loss"] for cell in records}
-    return cells, log.read_bytes().rfind(b"\n") + 1
+    return cells, runlog.whole_lines(log)
 
 
 def _rows_hash(branch: catalog.Branch) -> str:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -138,7 +139,7 @@ def interrupted(number: int, text: str) -> Interrupted:
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step, and says so; a second stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -159,6 +160,9 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.received = number
+        with contextlib.suppress(OSError, RuntimeError):  # a closed terminal; a line that was just being written
+            sys.stderr.write(_("Se para tras este paso, con todo guardado; otra señal corta ya.") + "\n")
+            sys.stderr.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

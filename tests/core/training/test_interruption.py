@@ -110,14 +110,15 @@ def test_ten_kills_change_no_bit(home: Path, quiet: Outcome, start: Start) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(home: Path, quiet: Outcome, start: Start, number: int) -> None:
-    """Ctrl-C and SIGTERM end with one line that tells the step, and the same command goes on from that step."""
+    """Ctrl-C and SIGTERM are acknowledged and end with a line that tells the step, from which the command goes on."""
     process = start()
     wait_until(lambda: steps_logged(home) > 3)
     process.send(number)
     assert process.wait() == 128 + number
     error = process.error.read_text()
     assert "Traceback" not in error
-    assert error.count("\n") == 1
+    assert error.count("\n") == 2
+    assert error.startswith("Se para tras este paso")
     assert "todo está guardado" in error
     assert "Repite la misma orden" in error
     step = int(error.split("paso ")[1].split()[0])
