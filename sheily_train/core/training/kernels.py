@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sheily_train import paths
+from sheily_train import durable, paths
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _SECONDS = 120
@@ -82,7 +83,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         if not path.exists():
             _compile(path, _TYPES[dtype])
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: $CC is no command
         return None
     return library
 
@@ -106,6 +107,8 @@ def _compile(path: Path, definitions: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        words = [os.environ.get("CC") or "cc", *definitions, *_NATIVE, str(_SOURCE), "-o", str(built), *_FLAGS]
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+        words = [*compiler, *definitions, *_NATIVE, str(_SOURCE), "-o", str(built), *_FLAGS]
         subprocess.run(words, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+        durable.sync_file(built)
         built.replace(path)  # whole or not at all, whoever else compiles it

@@ -121,7 +121,7 @@ def test_a_number_that_is_none_stays_one() -> None:
     assert loss.isnan().all()
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "'cc"])
 def test_without_a_compiler_pytorch_computes(compiler: str, tmp_path: Path) -> None:
     """Where nothing compiles there are no kernels, nothing is left in the cache, and nothing is raised."""
     code = (
@@ -136,9 +136,9 @@ def test_without_a_compiler_pytorch_computes(compiler: str, tmp_path: Path) -> N
 
 
 def test_what_was_compiled_is_not_compiled_again(tmp_path: Path) -> None:
-    """A second process takes the kernels from the cache, compiler or not."""
+    """``$CC`` may be a command of several words; a second process takes the kernels from the cache, compiler or not."""
     code = "import torch; from sheily_train.core.training import kernels as k; print(k.fingerprint())"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CC": "env cc"}
     words = [sys.executable, "-c", code]
     first = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     environment["CC"] = "false"
