@@ -86,6 +86,8 @@ def read(path: Path, event: str | None = None) -> Iterator[Record]:
                 found = record["event"]
             except (ValueError, KeyError, TypeError) as error:
                 raise no_record(path, number) from error
+            if not isinstance(found, str):
+                raise no_record(path, number)
             if event is None or found == event:
                 yield record
 

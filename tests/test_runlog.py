@@ -58,7 +58,7 @@ def test_a_last_line_cut_short_is_passed_over(cut: int, path: Path) -> None:
     assert [record["step"] for record in runlog.read(path)] == [1]
 
 
-@pytest.mark.parametrize("line", [b"\x00\x00", b'{"event": "st', b"[1]", b"3", b'{"step": 1}'])
+@pytest.mark.parametrize("line", [b"\x00\x00", b'{"event": "st', b"[1]", b"3", b'{"step": 1}', b'{"event": ["step"]}'])
 def test_a_line_that_is_no_record_is_named(line: bytes, path: Path) -> None:
     """Damage ahead of the last line is told with file and line, whichever records were asked for."""
     with RunLog(path) as log:

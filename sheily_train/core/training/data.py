@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is not learned, as in PyTorch's cross entropy."""
 
-_SHORTEN = _("Acorta esas filas: el modelo no admite más.")
 _SHOWN_PROBLEMS = 5
 _KEPT_PROMPT_TOKENS = 8
 """A prompt that is cut keeps at least this many of its last tokens."""
@@ -195,10 +194,13 @@ def _too_long(refused: Sequence[tuple[str, int]], max_length: int, most: int | N
     if more > 0:
         lines += _(" y {more} más").format(more=more)
     longest = max(found for _source, found in refused)
-    mend = _("Acorta esas filas o sube --max-length a {longest}.") if most is None or longest <= most else _SHORTEN
+    if most is None or longest <= most:
+        mend = _("Acorta esas filas o sube --max-length a {longest}.").format(longest=longest)
+    else:
+        mend = _("Acorta esas filas: el modelo no admite más.")
     return DataError(
         _("Filas cuya respuesta no cabe en {limit} tokens: {lines}.").format(limit=max_length, lines=lines),
-        mend=mend.format(longest=longest),
+        mend=mend,
     )
 
 

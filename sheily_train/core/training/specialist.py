@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,25 +77,9 @@ def publish(staging: Path, output: Path) -> None:
     moved = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for name in sorted(moved, key=lambda name: name.name == paths.TRAINING_CONFIG):
         durable.make_folder((output / name).parent)
-        _put(staging / name, output / name)
+        durable.move(staging / name, output / name)
     durable.sync_folder(output)
     shutil.rmtree(staging)
-
-
-def _put(source: Path, target: Path) -> None:
-    """Let a synced file take another's place, wholly or not at all; on another file system its bytes are copied."""
-    try:
-        source.replace(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        copy = target.with_name(f".{target.name}.tmp")
-        try:
-            shutil.copyfile(source, copy)
-            durable.sync_file(copy)
-            copy.replace(target)
-        finally:
-            copy.unlink(missing_ok=True)
 
 
 def is_complete(staging: Path) -> bool:
