@@ -1216,6 +1216,8 @@ open(handed);
 
 PROTOCOL = 1
 ANSWERS_KEPT = 64
+ANONYMOUS_RUN = "anonimo"
+"""The run of clients that name none."""
 
 RUN_HEADER = "Sheily-Run"
 SEQ_HEADER = "Sheily-Seq"
@@ -1773,17 +1775,35 @@ def make_folder(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``, wholly or not at all."""
     make_folder(path.parent)
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path``; what was written there, and synced, takes its place when the context ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Let a synced file take another's place, wholly or not at all; on another file system its bytes are copied."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with _replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+            sync_file(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -2751,7 +2771,6 @@ def _choose_device(device: str) -> torch.device:
 # thread, except :meth:`Runs.save`, which may be called from another.
 # ----------------------------------------------------------------------------------------------------------------------
 
-ANONYMOUS_RUN = "anonimo"
 LOSSES_KEPT = 100
 LOSSES_SHOWN = 20
 STEADY_SHARE = 0.01

@@ -26,7 +26,7 @@ from sheily_train.colab.answers import event_record
 from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
 from sheily_train.colab.batches import VECTOR, Batch
 from sheily_train.colab.presets import Settings
-from sheily_train.colab.protocol import Kind, check_run_id
+from sheily_train.colab.protocol import ANONYMOUS_RUN, Kind, check_run_id
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.core.omega.generator import GeneradorDatosEntrenamiento
@@ -34,7 +34,7 @@ from sheily_train.errors import Interrupted, RefusedError, RequestError, Resourc
 from sheily_train.i18n import _
 from sheily_train.runlog import Listener, Record, RunLog
 
-_WORKERS_OWN_NAMES = {"worker", "anonimo"}  # its usual folder, and the run of clients that name none
+_WORKERS_OWN_NAMES = {"worker", ANONYMOUS_RUN}  # the one is its usual folder
 _REPORTS = (".html", ".json", ".md")
 _INTERVAL = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,5})m(?:in)?)?(?:(\d{1,7})s)?")
 

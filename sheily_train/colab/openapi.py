@@ -19,9 +19,16 @@ from sheily_train.colab.batches import (
     VECTOR,
 )
 from sheily_train.colab.intake import MAX_OWNER, MAX_SEED
-from sheily_train.colab.protocol import DIGEST_HEADER, OWNER_HEADER, PROTOCOL, REBASE_HEADER, RUN_HEADER
+from sheily_train.colab.protocol import (
+    ANONYMOUS_RUN,
+    DIGEST_HEADER,
+    OWNER_HEADER,
+    PROTOCOL,
+    REBASE_HEADER,
+    RUN_HEADER,
+)
 from sheily_train.colab.responses import MODEL_NAME, describe_network
-from sheily_train.colab.runs import ANONYMOUS_RUN, Statistics
+from sheily_train.colab.runs import Statistics
 from sheily_train.i18n import _
 
 RUN_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"}

@@ -33,6 +33,8 @@ from sheily_train.i18n import _
 
 PROTOCOL = 1
 ANSWERS_KEPT = 64
+ANONYMOUS_RUN = "anonimo"
+"""The run of clients that name none."""
 
 RUN_HEADER = "Sheily-Run"
 SEQ_HEADER = "Sheily-Seq"

@@ -24,14 +24,21 @@ from typing import Any
 import orjson
 
 from sheily_train.colab.batches import Batch, Feedback
-from sheily_train.colab.protocol import Claim, Ledger, another_seed, check_run_id, first_chain, next_chain
+from sheily_train.colab.protocol import (
+    ANONYMOUS_RUN,
+    Claim,
+    Ledger,
+    another_seed,
+    check_run_id,
+    first_chain,
+    next_chain,
+)
 from sheily_train.colab.snapshots import Snapshot, Snapshots
 from sheily_train.core.omega.learner import Learner, Lesson
 from sheily_train.durable import read_json, sync_folder, write_json
 from sheily_train.errors import RefusedError, TrainingError, WorkerError
 from sheily_train.i18n import _
 
-ANONYMOUS_RUN = "anonimo"
 LOSSES_KEPT = 100
 LOSSES_SHOWN = 20
 STEADY_SHARE = 0.01

@@ -51,6 +51,7 @@ from sheily_train.colab.intake import (
 from sheily_train.colab.learner_thread import LearnerThread
 from sheily_train.colab.openapi import describe_api, describe_operations
 from sheily_train.colab.protocol import (
+    ANONYMOUS_RUN,
     DIGEST_HEADER,
     PROTOCOL,
     RUN_HEADER,
@@ -69,7 +70,7 @@ from sheily_train.colab.responses import (
     http_error_answer,
     json_answer,
 )
-from sheily_train.colab.runs import ANONYMOUS_RUN, Capture, Card, Run, Runs, Standing, Statistics, detached_run
+from sheily_train.colab.runs import Capture, Card, Run, Runs, Standing, Statistics, detached_run
 from sheily_train.colab.security import Guard
 from sheily_train.colab.snapshots import Snapshot, pack_snapshot, unpack_snapshot
 from sheily_train.colab.turns import RunTurns

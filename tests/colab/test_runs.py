@@ -11,8 +11,8 @@ import pytest
 
 import sheily_train.colab.runs
 from sheily_train.colab.batches import make_batch, make_feedback
-from sheily_train.colab.protocol import Claim, first_chain, next_chain
-from sheily_train.colab.runs import ANONYMOUS_RUN, ASIDE_SUFFIX, Run, Runs, Standing, Statistics
+from sheily_train.colab.protocol import ANONYMOUS_RUN, Claim, first_chain, next_chain
+from sheily_train.colab.runs import ASIDE_SUFFIX, Run, Runs, Standing, Statistics
 from sheily_train.colab.snapshots import Snapshots, pack_snapshot
 from sheily_train.errors import RefusedError
 from tests.colab.tiny_learner import POISON, TinyLearner
