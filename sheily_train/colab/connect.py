@@ -430,8 +430,7 @@ class _Desk:
 
     def _latest_answers(self) -> list[dict[str, Any]]:
         """The answers to the run's latest batches, at most two of them, the latest last."""
-        answers = self._journal.answers(after=max(0, self._journal.last_seq - 4))
-        return [orjson.loads(answer) for _seq, kind, answer in answers if kind is Kind.TRAIN][-2:]
+        return [orjson.loads(answer) for answer in self._journal.latest_answers(Kind.TRAIN, 2)]
 
     async def read_metrics(self) -> dict[str, Any] | None:
         """The worker's metrics, when they were asked for."""

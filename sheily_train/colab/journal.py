@@ -209,6 +209,19 @@ class Journal:
             after = row[0]
             yield after, self._kind(after, row[1]), self._answer(after, row[6], row[7]) or b""
 
+    def latest_answers(self, kind: Kind, count: int) -> list[bytes]:
+        """The answers of the latest events of a kind that have one, at most so many, the latest last."""
+        query = (
+            f"SELECT {_COLUMNS} FROM events WHERE seq < ? AND kind = ? AND answer IS NOT NULL "  # noqa: S608
+            "ORDER BY seq DESC LIMIT 1"
+        )
+        found: list[bytes] = []
+        before = self.last_seq + 1
+        while len(found) < count and (row := self._row(query, before, str(kind))):
+            before = row[0]
+            found.insert(0, self._answer(before, row[6], row[7]) or b"")
+        return found
+
     def body_bytes(self, after: int, last: int) -> int:
         """How many bytes the bodies after ``after`` up to ``last`` have together."""
         return self._number("SELECT sum(length(body)) FROM bodies WHERE seq > ? AND seq <= ?", after, last) or 0

@@ -23,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from sheily_train import paths, runlog
 from sheily_train.colab.address import Address
-from sheily_train.colab.batches import batch_from_binary
+from sheily_train.colab.batches import DENDRITES, batch_from_binary
+from sheily_train.colab.client import ClienteColabEntrenamiento
 from sheily_train.colab.connect import Order, Outcome, connect, discard, load_data, seconds_of
 from sheily_train.colab.journal import Journal
 from sheily_train.colab.presets import Settings
@@ -127,6 +128,24 @@ def records(event: str | None = None, run: str = "principal") -> list[runlog.Rec
     return list(runlog.read(paths.logs_dir() / f"omega_{run}.jsonl", event))
 
 
+def library(worker: Worker) -> ClienteColabEntrenamiento:
+    """Another program of the same desk, on the same run."""
+    return ClienteColabEntrenamiento(worker.address.url, TOKEN, settings=AT_ONCE)
+
+
+def die_at(event: str, count: int = 1) -> Callable[[runlog.Record], None]:
+    """A listener at which the command dies, at the record of so many of this event: nothing is sent after it."""
+    seen: list[runlog.Record] = []
+
+    def listen(record: runlog.Record) -> None:
+        if record["event"] == event:
+            seen.append(record)
+            if len(seen) == count:
+                raise ZeroDivisionError
+
+    return listen
+
+
 def stop_at(event: str, count: int = 1, number: int = signal.SIGINT) -> Callable[[runlog.Record], None]:
     """A listener that sends this process a signal, once, at the record of so many of this event."""
     seen: list[runlog.Record] = []
@@ -220,6 +239,23 @@ def test_feedback_follows_each_batch_but_the_runs_first(worker: Worker) -> None:
     assert [record["validated"] for record in records("feedback")] == validated
     assert (outcome.numbers["feedback"], outcome.numbers["validated"]) == (2, sum(validated))
     assert connect(order(worker, settings)).numbers["feedback"] == 3
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_batch_is_judged_however_much_feedback_stands_before_it(worker: Worker, count: int) -> None:
+    """Another program's feedback lies between the run's batches; they are compared all the same, after a cut too."""
+    settings = Settings(muestras=8, lote=4, feedback=True)
+    connect(order(worker, settings))
+    with library(worker) as client:
+        for _time in range(count):
+            client.enviar_feedback([0.5] * DENDRITES, validacion=True)
+    with pytest.raises(ZeroDivisionError):
+        connect(order(worker, settings), listeners=(die_at("step"),))
+    outcome = connect(order(worker, settings))
+    assert (outcome.numbers["session"], outcome.numbers["feedback"]) == (2, 2)
+    losses = [step["loss"] for step in records("step")]
+    judged = [record["validated"] for record in records("feedback")]
+    assert [judged[0], *judged[-2:]] == [later < earlier for earlier, later in pairwise(losses)]
 
 
 def test_continuar_needs_no_flags_and_takes_no_others(worker: Worker) -> None:
