@@ -27,6 +27,7 @@ from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
 from sheily_train.colab.batches import VECTOR, Batch
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import ANONYMOUS_RUN, Kind, check_run_id
+from sheily_train.colab.samples import Shuffled
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.core.omega.generator import GeneradorDatosEntrenamiento
@@ -38,7 +39,10 @@ _WORKERS_OWN_NAMES = {"worker", ANONYMOUS_RUN}  # the one is its usual folder
 _REPORTS = (".html", ".json", ".md")
 _INTERVAL = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,5})m(?:in)?)?(?:(\d{1,7})s)?")
 
+_VECTORS_AT_ONCE = 16384  # 105 MB, many round trips' worth of training
+
 Session = dict[str, Any]
+Vectors = Batch | Shuffled
 _Result = TypeVar("_Result")
 
 
@@ -322,7 +326,7 @@ class _Desk:
         self._record("note", text=told.format(run=self._order.run, count=count))
         return count
 
-    async def open_session(self) -> tuple[Session, Batch]:
+    async def open_session(self) -> tuple[Session, Vectors]:
         """The session to go on with, or a new one, noted in the journal; and all its vectors."""
         sessions: list[Session] = self._journal.sessions
         last = sessions[-1] if sessions else None
@@ -368,7 +372,7 @@ class _Desk:
                 )
         return replace(settings, diagnostico=self.settings.diagnostico, metricas=self.settings.metricas)
 
-    def _new_session(self, number: int, plan: dict[str, Any], batch: Batch) -> Session:
+    def _new_session(self, number: int, plan: dict[str, Any], batch: Vectors) -> Session:
         return {
             "number": number,
             "plan": plan,
@@ -378,7 +382,7 @@ class _Desk:
             "done": False,
         }
 
-    def _tell_session(self, session: Session, batch: Batch, *, resumed: bool) -> None:
+    def _tell_session(self, session: Session, batch: Vectors, *, resumed: bool) -> None:
         self.tally = Tally(retries=self.tally.retries)
         if resumed:
             for record in _events(self._order.log):
@@ -408,14 +412,15 @@ class _Desk:
         written = self._journal.last_seq - part["first_seq"] + 1
         return part["batch"] + kinds[:written].count(Kind.TRAIN), kinds[written:]
 
-    async def train(self, session: Session, batch: Batch) -> None:
+    async def train(self, session: Session, batch: Vectors) -> None:
         """Send what the session still lacks."""
         done, left = self._events_left(session)
         settings = self.settings
         if not settings.feedback:
-            if left:
+            step = settings.lote * max(1, _VECTORS_AT_ONCE // settings.lote)
+            for start in range(done * settings.lote, len(batch), step):
                 await self._client.entrenar_multiples_lotes(
-                    batch[done * settings.lote :], tamano_lote=settings.lote, epocas=settings.epocas
+                    batch[start : start + step], tamano_lote=settings.lote, epocas=settings.epocas
                 )
             return
         answers = self._latest_answers()
@@ -450,11 +455,11 @@ class _Desk:
         return numbers
 
 
-def load_data(settings: Settings, session: int) -> Batch:
+def load_data(settings: Settings, session: int) -> Vectors:
     """The vectors of a run's session: the same settings and number give the same bytes, another number others.
 
-    A file's rows come in an order that the seed and the session decide. Raises :class:`ResourceError` when they do not
-    fit in memory.
+    A file's rows come in an order that the seed and the session decide; those of a ``.npy`` stay on the disk until
+    their batch is made. Raises :class:`ResourceError` when they do not fit in memory.
     """
     try:
         return _load_data(settings, (settings.semilla, session))
@@ -465,15 +470,14 @@ def load_data(settings: Settings, session: int) -> Batch:
         ) from error
 
 
-def _load_data(settings: Settings, seed: tuple[int, int]) -> Batch:
+def _load_data(settings: Settings, seed: tuple[int, int]) -> Vectors:
     if settings.datos is None:
         generator = GeneradorDatosEntrenamiento(seed)
         return generator.generar(settings.tipo, settings.count or 0, settings.anomalias / 100)
     from sheily_train.core.omega.vectors import read_vectors
 
     batch = read_vectors(settings.datos, stride=settings.paso or VECTOR, label_column=settings.etiquetas)
-    chosen = np.random.default_rng(seed).permutation(len(batch))[: settings.count]
-    return Batch(batch.input_data[chosen], batch.labels[chosen])
+    return Shuffled(batch, np.random.default_rng(seed).permutation(len(batch))[: settings.count])
 
 
 def _sha256(file: Path) -> str:

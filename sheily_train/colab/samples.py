@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +27,24 @@ from sheily_train.i18n import _
 
 Samples = Batch | NDArray[Any] | Sequence[Mapping[str, Any]]
 """Vectors: a batch, an array [N, 1600], or objects with ``input_data`` and, maybe, ``anomaly_label``."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Some of a batch's vectors in an order of their own.
+
+    A part is gathered when it is asked for: the batch may be a file's, and more than the memory holds.
+    """
+
+    batch: Batch
+    order: NDArray[np.intp]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, part: slice) -> Batch:
+        rows = self.order[part]
+        return Batch(self.batch.input_data[rows], self.batch.labels[rows], self.batch.epochs)
 
 
 def one_batch(samples: Samples, epochs: int = 1) -> Batch:

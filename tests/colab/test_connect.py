@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise
@@ -295,11 +296,11 @@ def test_a_file_is_read_in_an_order_of_the_sessions_own(worker: Worker, root: Pa
     file = root / "mis datos.npy"
     np.save(file, rows)
     settings = Settings(datos=file, lote=4)
-    first, second = load_data(settings, 1), load_data(settings, 2)
+    first, second = load_data(settings, 1)[:], load_data(settings, 2)[:]
     assert not np.array_equal(first.input_data, second.input_data)
     for batch in (first, second):
         assert np.array_equal(np.sort(batch.input_data, axis=0), rows)
-    assert np.array_equal(load_data(Settings(datos=file, muestras=3), 1).input_data, first.input_data[:3])
+    assert np.array_equal(load_data(Settings(datos=file, muestras=3), 1)[:].input_data, first.input_data[:3])
 
     with pytest.raises(Interrupted):
         connect(order(worker, settings), listeners=(stop_at("step"),))
@@ -310,15 +311,45 @@ def test_a_file_is_read_in_an_order_of_the_sessions_own(worker: Worker, root: Pa
     assert records("session")[-1]["source"] == "mis datos.npy"
 
 
+def test_a_large_npy_stays_on_the_disk(root: Path) -> None:
+    """Only the batch that is asked for is in memory, however large the file."""
+    rows = np.lib.format.open_memmap(root / "grande.npy", "w+", np.float32, (32768, 1600))
+    tracemalloc.start()
+    try:
+        vectors = load_data(Settings(datos=root / "grande.npy"), 1)
+        part = vectors[64:128]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(vectors), len(part)) == (len(rows), 64)
+    assert peak < rows.nbytes / 8
+
+
+def test_a_long_session_is_gathered_part_by_part(worker: Worker, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches are those of a session gathered at once, in their order, after a cut too."""
+    monkeypatch.setattr("sheily_train.colab.connect._VECTORS_AT_ONCE", 10)
+    rows = np.arange(50 * 1600, dtype=np.float32).reshape(50, 1600)
+    np.save(root / "datos.npy", rows)
+    settings = Settings(datos=root / "datos.npy", lote=4)
+    with pytest.raises(ZeroDivisionError):
+        connect(order(worker, settings), listeners=(die_at("step", 3),))
+    outcome = connect(order(worker, settings))
+    assert (outcome.numbers["session"], outcome.numbers["batches"], outcome.numbers["vectors"]) == (1, 13, 50)
+    with journal() as book:
+        sent = [batch_from_binary(entry.event.body).input_data for entry in book.entries()]
+    assert [len(part) for part in sent] == [4] * 12 + [2]
+    assert np.array_equal(np.concatenate(sent), load_data(settings, 1)[:].input_data)
+
+
 def test_made_up_vectors_are_decided_by_seed_and_session() -> None:
     """The same bytes for the same two numbers, others for any other."""
 
     def bytes_of(seed: int, session: int) -> bytes:
-        return load_data(Settings(muestras=3, semilla=seed), session).input_data.tobytes()
+        return load_data(Settings(muestras=3, semilla=seed), session)[:].input_data.tobytes()
 
     assert bytes_of(1, 1) == bytes_of(1, 1)
     assert len({bytes_of(1, 1), bytes_of(1, 2), bytes_of(2, 1)}) == 3
-    assert int((load_data(Settings(muestras=50, anomalias=20, tipo="neuronal"), 1).labels == 1).sum()) == 10
+    assert int((load_data(Settings(muestras=50, anomalias=20, tipo="neuronal"), 1)[:].labels == 1).sum()) == 10
 
 
 def test_diagnosis_comes_before_and_metrics_after(worker: Worker) -> None:
@@ -607,7 +638,7 @@ class Choking(TinyLearner):
 def test_a_session_goes_on_after_what_was_discarded(down: Worker, feedback: bool, choking: int) -> None:
     """A batch at which the worker always fails is removed with those behind it, and only they are left out."""
     settings = Settings(muestras=40, lote=4, feedback=feedback)
-    rows = load_data(settings, 1).input_data
+    rows = load_data(settings, 1)[:].input_data
     Choking.bad = {rows[4 * choking : 4 * choking + 4].tobytes()}
     down.learner = Choking
     down.start()
