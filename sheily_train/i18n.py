@@ -9,4 +9,7 @@ from __future__ import annotations
 import gettext
 from pathlib import Path
 
-_ = gettext.translation("sheily", Path(__file__).parent / "locale", fallback=True).gettext
+_catalog = gettext.translation("sheily", Path(__file__).parent / "locale", fallback=True)
+_ = _catalog.gettext
+ngettext = _catalog.ngettext
+"""The first text for one, the second for any other number: ``ngettext("{n} lote", "{n} lotes", n).format(n=n)``."""

@@ -24,15 +24,16 @@ from sheily_train import durable, paths, runlog
 from sheily_train.colab.address import Address
 from sheily_train.colab.answers import event_record
 from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
-from sheily_train.colab.batches import VECTOR, Batch
+from sheily_train.colab.batches import BINARY_FORM, VECTOR, Batch, batch_from_binary, batch_from_json
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import ANONYMOUS_RUN, Kind, check_run_id
 from sheily_train.colab.samples import Shuffled
 from sheily_train.colab.tally import Tally
+from sheily_train.colab.threads import in_thread
 from sheily_train.colab.wire import ClientSettings
 from sheily_train.core.omega.generator import GeneradorDatosEntrenamiento
 from sheily_train.errors import Interrupted, RefusedError, RequestError, ResourceError, UnreachableError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 from sheily_train.runlog import Listener, Record, RunLog
 
 _WORKERS_OWN_NAMES = {"worker", ANONYMOUS_RUN}  # the one is its usual folder
@@ -316,12 +317,7 @@ class _Desk:
             batch = self._events_left(session)[0]
         count = await self._client.descartar_pendientes()
         if session and count and not session["done"]:
-            part = {
-                "first_seq": self._journal.last_seq + 1,
-                "batch": batch,
-                "first_is_judged": bool(self._latest_answers()),
-            }
-            self._journal.sessions = [*self._journal.sessions[:-1], session | {"part": part}]
+            self._journal.sessions = [*self._journal.sessions[:-1], session | {"part": self._part_from(batch)}]
         told = _("Eventos quitados del diario de «{run}»: {count}")
         self._record("note", text=told.format(run=self._order.run, count=count))
         return count
@@ -342,7 +338,7 @@ class _Desk:
         resumed = (self._order.resume or unfinished) and not self._client.plain
         batch = await asyncio.to_thread(load_data, self.settings, len(sessions) + (not resumed))
         if last and resumed:
-            session = last
+            session = await in_thread(self._without_others, last, batch)
         else:
             session = self._new_session(len(sessions) + 1, plan, batch)
             if last and not last["done"]:
@@ -382,11 +378,49 @@ class _Desk:
             "done": False,
         }
 
+    def _without_others(self, session: Session, batch: Vectors) -> Session:
+        """The session, when another program has used the run since it was cut off: it goes on after that one's events.
+
+        They would be taken for the session's own, and as many of its batches would be skipped.
+        """
+        part, kinds = self._planned(session)
+        last = self._journal.last_seq
+        written = last - part["first_seq"] + 1
+        counts = range(min(written, len(kinds)), 0, -1)
+        own = next((count for count in counts if self._is_own(part, kinds[:count], batch)), 0)
+        if own == written:
+            return session
+        done = part["batch"] + kinds[:own].count(Kind.TRAIN)
+        self._record("note", text=_others_sent(self._order.run, written - own, session["number"]))
+        others = [*session.get("others", []), [part["first_seq"] + own, last]]
+        session = session | {"others": others, "part": self._part_from(done)}
+        self._journal.sessions = [*self._journal.sessions[:-1], session]
+        return session
+
+    def _is_own(self, part: Session, kinds: list[Kind], batch: Vectors) -> bool:
+        """Whether the last of a part's events is what the session sends there; if its body was dropped, it is."""
+        seq = part["first_seq"] + len(kinds) - 1
+        if seq <= self._journal.pruned_seq:
+            return True
+        event = self._journal.entry(seq).event
+        if event.kind is not kinds[-1]:
+            return False
+        if event.kind is Kind.FEEDBACK:
+            return self._is_own(part, kinds[:-1], batch)
+        sent = batch_from_binary(event.body) if event.form == BINARY_FORM else batch_from_json(event.body)
+        number = part["batch"] + kinds.count(Kind.TRAIN) - 1
+        planned = batch[number * self.settings.lote : (number + 1) * self.settings.lote]
+        same = np.array_equal(sent.input_data, planned.input_data) and np.array_equal(sent.labels, planned.labels)
+        return same and sent.epochs == self.settings.epocas
+
     def _tell_session(self, session: Session, batch: Vectors, *, resumed: bool) -> None:
         self.tally = Tally(retries=self.tally.retries)
         if resumed:
+            others = session.get("others", [])
             for record in _events(self._order.log):
-                if record["event"] == "rebase" or record["seq"] >= session["first_seq"]:
+                seq = record["seq"]
+                own = seq >= session["first_seq"] and not any(first <= seq <= last for first, last in others)
+                if record["event"] == "rebase" or own:
                     self.tally.add(record)
         self._vectors_before = self.tally.vectors
         self._record(
@@ -404,13 +438,23 @@ class _Desk:
 
     def _events_left(self, session: Session) -> tuple[int, list[Kind]]:
         """How many batches of the session are in the journal or were discarded, and the events that are to come."""
+        part, kinds = self._planned(session)
+        written = self._journal.last_seq - part["first_seq"] + 1
+        return part["batch"] + kinds[:written].count(Kind.TRAIN), kinds[written:]
+
+    def _planned(self, session: Session) -> tuple[Session, list[Kind]]:
+        """The part of the session that nothing has cut off yet, and the kinds of its events."""
         part = session.get("part", {**session, "batch": 0})
         count = session["batches"] - part["batch"]
         kinds = [Kind.TRAIN, Kind.FEEDBACK] * count if self.settings.feedback else [Kind.TRAIN] * count
         if self.settings.feedback and not part["first_is_judged"]:
             del kinds[1:2]  # the run's first batch has no loss to be compared with
-        written = self._journal.last_seq - part["first_seq"] + 1
-        return part["batch"] + kinds[:written].count(Kind.TRAIN), kinds[written:]
+        return part, kinds
+
+    def _part_from(self, batch: int) -> Session:
+        """The rest of a session, from that batch of it and the run's next event on."""
+        judged = bool(self._latest_answers())
+        return {"first_seq": self._journal.last_seq + 1, "batch": batch, "first_is_judged": judged}
 
     async def train(self, session: Session, batch: Vectors) -> None:
         """Send what the session still lacks."""
@@ -492,6 +536,14 @@ def _sha256(file: Path) -> str:
 
 def _left_behind(session: Session) -> str:
     return _("La sesión {number} quedó a medias y tenía otros ajustes; empieza otra.").format(number=session["number"])
+
+
+def _others_sent(run: str, count: int, session: int) -> str:
+    return ngettext(
+        "Otro programa envió {count} evento a «{run}» desde el corte; la sesión {session} sigue tras él.",
+        "Otro programa envió {count} eventos a «{run}» desde el corte; la sesión {session} sigue tras ellos.",
+        count,
+    ).format(count=count, run=run, session=session)
 
 
 def _events(log: Path) -> Iterator[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -288,6 +289,28 @@ def test_another_plan_begins_another_session_and_says_so(worker: Worker) -> None
     with journal() as book:
         assert (book.last_seq, book.answered_seq) == (written + 2, written + 2)
         assert [session["done"] for session in book.sessions] == [False, True]
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_session_goes_on_after_what_another_program_sent(worker: Worker, feedback: bool, cut: int) -> None:
+    """A program of one's own uses the run between a cut and the next call: no batch of the session is left out."""
+    settings = Settings(muestras=80, lote=4, feedback=feedback)
+    rows = load_data(settings, 1)[:].input_data
+    for _time in range(2):
+        with pytest.raises(ZeroDivisionError):
+            connect(order(worker, settings), listeners=(die_at("step", cut),))
+        with library(worker) as client:
+            client.entrenar_multiples_lotes(np.full((6, 1600), 0.5), tamano_lote=2)
+            client.enviar_feedback([0.5] * DENDRITES, validacion=True)
+    outcome = connect(order(worker, settings))
+    with journal() as book:
+        trained = [batch_from_binary(entry.event.body) for entry in book.entries() if entry.event.kind is Kind.TRAIN]
+    own = [batch.input_data for batch in trained if len(batch) == 4]
+    assert np.array_equal(np.concatenate(own), rows)
+    assert (outcome.numbers["session"], outcome.numbers["batches"], outcome.numbers["vectors"]) == (1, 20, 80)
+    assert re.match(r"Otro programa envió \d eventos a «principal».* la sesión 1 sigue", records("note")[0]["text"])
+    assert connect(order(worker)).numbers["session"] == 2
 
 
 def test_a_file_is_read_in_an_order_of_the_sessions_own(worker: Worker, root: Path) -> None:
