@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sheily_train.colab.protocol import next_chain, rebase_digest
+from sheily_train.colab.screen import printable
 from sheily_train.i18n import _
 
 
@@ -85,4 +86,4 @@ def whereto(seq: int) -> str:
 def differences(left: dict[str, str], taken: dict[str, str]) -> str:
     """What two fingerprints do not have in common, for a person."""
     names = sorted(name for name in left.keys() | taken.keys() if left.get(name) != taken.get(name))
-    return ", ".join(f"{name} {left.get(name)} → {taken.get(name)}" for name in names)
+    return printable(", ".join(f"{name} {left.get(name)} → {taken.get(name)}" for name in names))

@@ -208,6 +208,14 @@ def test_steps_before_a_session_and_unknown_records_are_passed_over() -> None:
     assert plain(step(1), 60, step(2)) == []
 
 
+def test_what_a_worker_says_cannot_steer_the_terminal() -> None:
+    """Escape sequences in its words are shown as spaces, in a pipe and on a terminal."""
+    record = {**WORKER, "device": "\x1b]0;mine\x07\x1b[2Jcpu\r"}
+    told = "Conectado a https://a.app (entrenamiento «principal», dispositivo  ]0;mine  [2Jcpu )"
+    assert plain(record) == [told]
+    assert live(record) == [told]
+
+
 def test_the_view_suits_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Live on a terminal, plain in a pipe, silent when asked, whatever the stream."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

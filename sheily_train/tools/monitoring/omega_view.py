@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from sheily_train.colab.breaks import differences, whereto
+from sheily_train.colab.screen import printable
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.verdicts import reason_text
 from sheily_train.i18n import _
@@ -138,7 +139,7 @@ def omega_view(stream: TextIO, *, quiet: bool) -> LiveOmegaView | SilentView:
 def tell(record: Record) -> list[str]:
     """The lines that tell a record; none for those that only move the progress on."""
     teller = _TELLERS.get(record["event"])
-    return teller(record) if teller else []
+    return [printable(line) for line in teller(record)] if teller else []  # a worker's words stand in some
 
 
 def _plain(_record: Record) -> list[str]:
@@ -197,7 +198,7 @@ def _metrics(record: Record) -> list[str]:
         if record.get(name) is not None:
             lines.append(f"   {label}: {record[name]}")
     rate = record.get("feedback_tasa_exito")
-    if rate is not None:
+    if isinstance(rate, int | float):
         lines.append(_("   Éxito del feedback: {percent:.1f} %").format(percent=100 * rate))
     return lines
 
