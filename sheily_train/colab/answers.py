@@ -42,8 +42,14 @@ def event_record(seq: int, kind: Kind, answer: Mapping[str, Any]) -> tuple[str, 
         return "feedback", {"seq": seq, "validated": answer["validacion"]}
     return "step", {
         "seq": seq,
-        "samples": answer["batch_size"],
-        "loss": answer["loss"],
-        "anomaly_prob": answer["anomaly_prob"],
-        "anomalies": answer.get("anomalias"),
+        "samples": number_in(answer, "batch_size"),
+        "loss": number_in(answer, "loss"),
+        "anomaly_prob": number_in(answer, "anomaly_prob"),
+        "anomalies": number_in(answer, "anomalias"),
     }
+
+
+def number_in(answer: Mapping[str, Any], name: str) -> Any:
+    """The number that an answer gives under a name; ``None`` for anything else, as a plain v4.0 worker may give."""
+    value = answer.get(name)
+    return value if isinstance(value, int | float) else None

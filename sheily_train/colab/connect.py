@@ -22,7 +22,7 @@ import orjson
 
 from sheily_train import durable, paths, runlog
 from sheily_train.colab.address import Address
-from sheily_train.colab.answers import event_record
+from sheily_train.colab.answers import event_record, number_in
 from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
 from sheily_train.colab.batches import BINARY_FORM, VECTOR, Batch, batch_from_binary, batch_from_json
 from sheily_train.colab.presets import Settings
@@ -287,7 +287,7 @@ class _Desk:
         """Attach to the run at the worker; let the worker test itself when that was asked."""
         self._catch_up()
         answer = await self._client.conectar(rebase=self._order.rebase)
-        known = answer.get("estadisticas", {}) if self._client.plain else answer["fingerprint"]
+        known = (answer["estadisticas"] if self._client.plain else answer["fingerprint"]) or {}
         device = known.get("dispositivo") or known.get("device") or "?"
         self._record("worker", run=self._order.run, url=self._order.address.url, device=device)
         if self.settings.diagnostico:
@@ -474,8 +474,10 @@ class _Desk:
                 answers = [*answers[-1:], await self._client.entrenar_lote(part, epocas=settings.epocas)]
                 done += 1
             else:
-                before, now = answers
-                await self._client.enviar_feedback(now["dendrites"], validacion=now["loss"] < before["loss"])
+                before, now = (number_in(answer, "loss") for answer in answers)
+                if before is None or now is None:  # a plain v4.0 worker does not always say: then nothing is known
+                    continue
+                await self._client.enviar_feedback(answers[-1]["dendrites"], validacion=now < before)
 
     def _latest_answers(self) -> list[dict[str, Any]]:
         """The answers to the run's latest batches, at most two of them, the latest last."""

@@ -25,6 +25,7 @@ class Tally:
     validated: int = 0
     retries: int = 0
     _loss_sum: float = 0.0
+    _losses: int = 0
     _probability: float = 0.0
     _told: dict[int, Record] = field(default_factory=dict)
 
@@ -62,9 +63,11 @@ class Tally:
         self.vectors += samples
         self._probability += samples * (record.get("anomaly_prob") or 0.0)
         self.anomalies += record.get("anomalies") or 0
-        self.loss = record.get("loss")
-        self._loss_sum += self.loss or 0.0
-        self.loss_first = self.loss if self.batches == 1 else self.loss_first
+        if (loss := record.get("loss")) is not None:
+            self.loss = loss
+            self.loss_first = loss if self.loss_first is None else self.loss_first
+            self._loss_sum += loss
+            self._losses += 1
 
     def _add_feedback(self, record: Record) -> None:
         self.feedback += 1
@@ -81,14 +84,15 @@ class Tally:
             return _("Aún no se ha entrenado ningún lote.")
         lines = [
             _("✅ Entrenamiento completado"),
-            _("   Loss: {last:.6f} (primera {first:.6f}, media {mean:.6f})").format(
-                last=self.loss, first=self.loss_first, mean=self._loss_sum / self.batches
-            ),
             _("   Anomalía: {share:.2%} de media; {count} vectores marcados").format(
                 share=self.anomaly_prob, count=self.anomalies
             ),
             _("   Lotes: {batches} ({vectors} vectores)").format(batches=self.batches, vectors=self.vectors),
         ]
+        if self._losses:
+            told = _("   Loss: {last:.6f} (primera {first:.6f}, media {mean:.6f})")
+            mean = self._loss_sum / self._losses
+            lines.insert(1, told.format(last=self.loss, first=self.loss_first, mean=mean))
         if self.feedback:
             lines.append(
                 _("   Feedback: {validated} de {count} con éxito ({share:.0%})").format(

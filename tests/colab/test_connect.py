@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import tracemalloc
@@ -43,6 +44,7 @@ from sheily_train.errors import (
     UnreachableError,
     WorkerError,
 )
+from sheily_train.tools.monitoring.omega_view import PlainOmegaView
 from tests.colab.tiny_learner import TinyLearner
 from tests.full_disk import full_disk_after
 
@@ -492,6 +494,41 @@ def test_a_plain_worker_is_trained_without_the_promise(tmp_path: Path) -> None:
     assert third.numbers["batches"] == 5
     assert len(records("plain")) == 5
     assert first.numbers["loss"] != second.numbers["loss"]
+
+
+class Reticent(Worker):
+    """A plain v4.0 worker that answers null wherever it may not know."""
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answers = {
+            "/status": {"modelo": "v4", "estadisticas": None},
+            "/train_layer2": {
+                **{"loss": None, "anomaly_prob": None, "dendrites": [0.0] * DENDRITES, "coherence": None},
+                **{"batch_size": 4, "timestamp": None},
+            },
+            "/metricas": {"ultimos_20_losses": None, "tendencia": None, "feedback_tasa_exito": "?"},
+        }
+        found = answers.get(scope["path"])
+        await JSONResponse(found or {"detail": "Not Found"}, 200 if found else 404)(scope, receive, send)
+
+
+def test_a_plain_worker_that_does_not_know_its_loss_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No number is made up, no batch is judged by one, and view and summaries can tell it."""
+    reticent = Reticent(tmp_path / "reticent")
+    reticent.start()
+    try:
+        settings = Settings(muestras=8, lote=4, feedback=True, metricas=True)
+        outcome = connect(order(reticent, settings), listeners=(PlainOmegaView(sys.stdout),))
+        with library(reticent) as client:
+            client.entrenar_multiples_lotes(np.zeros((8, 1600)), 4)
+            summary = client.mostrar_resumen()
+    finally:
+        reticent.stop()
+    assert (outcome.numbers["batches"], outcome.numbers["loss"], outcome.numbers["feedback"]) == (2, None, 0)
+    assert "Lotes: 2 (8 vectores)" in summary
+    assert "Vectores: 8 en 2 lotes" in capsys.readouterr().out
 
 
 def test_two_at_once_on_one_run_are_not_allowed(worker: Worker) -> None:

@@ -25,6 +25,14 @@ def test_it_takes_what_a_plain_worker_leaves_out() -> None:
     }
 
 
+def test_the_summary_takes_a_loss_that_nobody_knows() -> None:
+    """A plain worker's null is no number: it is left out of the first one, the last one and the mean."""
+    unknown = {"event": "step", "samples": 4, "loss": None, "anomaly_prob": None}
+    assert "Loss" not in tally_of({**unknown, "seq": 1}).text()
+    some = tally_of({**unknown, "seq": 1}, step(2, 2.0), step(3, 1.0), {**unknown, "seq": 4})
+    assert "   Loss: 1.000000 (primera 2.000000, media 1.500000)" in some.text().splitlines()[1]
+
+
 def test_an_event_told_twice_counts_once() -> None:
     """What is told again as it was changes nothing."""
     once, twice = tally_of(step(1, 2.0)), tally_of(step(1, 2.0), step(1, 2.0))
