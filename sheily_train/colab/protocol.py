@@ -32,6 +32,8 @@ from sheily_train.errors import RefusedError
 from sheily_train.i18n import _
 
 PROTOCOL = 1
+STATE_LIMIT = 1024 * 1024 * 1024
+"""Bytes of a run's state on the wire, either way; this network's has some 150 million."""
 ANSWERS_KEPT = 64
 ANONYMOUS_RUN = "anonimo"
 """The run of clients that name none."""

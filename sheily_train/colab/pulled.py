@@ -18,7 +18,7 @@ import orjson
 
 from sheily_train import durable
 from sheily_train.colab.journal import Journal
-from sheily_train.colab.protocol import DIGEST_HEADER, RUN_HEADER, SEQ_HEADER
+from sheily_train.colab.protocol import DIGEST_HEADER, RUN_HEADER, SEQ_HEADER, STATE_LIMIT
 from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import PIECE, ClientSettings, Record, Wire
@@ -136,7 +136,7 @@ class PulledStates:
             self._record("snapshot_failed", reason=" ".join(str(error).split()))
 
     async def _fetch(self, part: Path) -> tuple[int, str]:
-        headers, sha256 = await self._wire.download("/state", part, {RUN_HEADER: self._journal.run})
+        headers, sha256 = await self._wire.download("/state", part, {RUN_HEADER: self._journal.run}, STATE_LIMIT)
         if sha256 != headers.get(DIGEST_HEADER):
             raise Hiccup("damaged", _("El estado llegó dañado: su sha256 no es el anunciado."))
         return int(headers.get(SEQ_HEADER, "0")), sha256

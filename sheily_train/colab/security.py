@@ -28,6 +28,7 @@ from limits.strategies import MovingWindowRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sheily_train.colab.loopback import is_loopback
+from sheily_train.colab.protocol import STATE_LIMIT
 from sheily_train.errors import RefusedError, RequestError
 from sheily_train.i18n import _
 
@@ -35,8 +36,6 @@ BODY_LIMIT = 192 * 1024 * 1024
 """Bytes of a body: the largest batch as JSON fits."""
 BODY_SECONDS = 90.0
 """Seconds for a whole body; tunnels cut a request at 100."""
-UPLOAD_LIMIT = 1024 * 1024 * 1024
-"""Bytes of a state that is sent with ``PUT /state``."""
 
 WRONG_TOKENS_A_MINUTE = 20
 _PUBLIC_PATHS = frozenset({"/health", "/docs"})
@@ -94,7 +93,7 @@ class Guard:
         *,
         body_limit: int = BODY_LIMIT,
         body_seconds: float = BODY_SECONDS,
-        upload_limit: int = UPLOAD_LIMIT,
+        upload_limit: int = STATE_LIMIT,
     ) -> None:
         if token is not None and not token.strip():
             raise RequestError(_("El token está vacío."))

@@ -20,9 +20,10 @@ import httpx2
 import stamina
 
 from sheily_train import __version__
+from sheily_train.colab.amounts import size_text
 from sheily_train.colab.batches import BINARY_FORM, JSON_FORM
 from sheily_train.colab.loopback import is_loopback
-from sheily_train.colab.verdicts import Answer, Hiccup, raise_refusal, read_reply
+from sheily_train.colab.verdicts import Answer, Hiccup, foreign, raise_refusal, read_reply
 from sheily_train.errors import RequestError, WorkerError
 from sheily_train.i18n import _
 
@@ -142,15 +143,28 @@ class Wire:
             body = await exchange.read()
         return read_reply(path, response, body)
 
-    async def download(self, path: str, file: Path, headers: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
-        """One attempt to fetch something long into a file; returns the answer's headers and the content's sha256."""
-        digest = hashlib.sha256()
+    async def download(
+        self, path: str, file: Path, headers: Mapping[str, str], limit: int
+    ) -> tuple[Mapping[str, str], str]:
+        """One attempt to fetch something long into a file; returns the answer's headers and the content's sha256.
+
+        Raises :class:`WorkerError` for one of more than ``limit`` bytes, which are all that is written.
+        """
+        digest, size = hashlib.sha256(), 0
         async with self._exchange(self._settings.transfer_timeout) as exchange:
             response = await exchange.begin("GET", path, b"", headers)
             if response.status_code != 200:
                 raise_refusal(response, await exchange.read())
             with file.open("wb") as target:
                 async for piece in response.aiter_bytes(PIECE):
+                    size += len(piece)
+                    if size > limit:
+                        raise WorkerError(
+                            _("{host} envía a {path} más de {limit}; ningún trabajador lo hace.").format(
+                                host=self.host, path=path, limit=size_text(limit)
+                            ),
+                            mend=_("Comprueba la dirección: quizá contesta otro programa."),
+                        )
                     digest.update(piece)
                     await asyncio.to_thread(target.write, piece)
         return response.headers, digest.hexdigest()
@@ -236,6 +250,8 @@ class _Exchange:
         """Send the request; returns with the answer's head."""
         request = self._http.build_request(method, path, content=content, headers=dict(headers))
         self.response = await self._http.send(request, stream=True)
+        if "," in self.response.headers.get("Content-Encoding", ""):  # a few bytes could become more than the memory
+            raise foreign(_("La respuesta viene comprimida varias veces, y se pidió sin comprimir."))
         return self.response
 
     async def read(self) -> bytes:

@@ -27,7 +27,7 @@ _SKEW = 5.0
 _TIMEOUT = 10.0
 _REPLY_LIMIT = 1 << 20
 _PINGS = 5
-_BROWSER_WARNING = {"ngrok-skip-browser-warning": "1"}
+_HEADERS = {"ngrok-skip-browser-warning": "1", "Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def worker(argument: str | None, token: str | None, environment: Mapping[str, st
     import httpx2
 
     by_proxy = not is_loopback(urlsplit(address.url).hostname or "")  # as the client: nothing of it leaves this machine
-    with httpx2.Client(base_url=address.url, headers=_BROWSER_WARNING, timeout=_TIMEOUT, trust_env=by_proxy) as client:
+    with httpx2.Client(base_url=address.url, headers=_HEADERS, timeout=_TIMEOUT, trust_env=by_proxy) as client:
         try:
             yield from hidden(_at_worker(client, address), {address.token or ""})
         except httpx2.HTTPError as error:
@@ -106,7 +106,7 @@ def _get(client: httpx2.Client, path: str, token: str | None = None) -> _Reply:
     began, at = time.perf_counter(), time.time()
     body = b""
     with client.stream("GET", path.removeprefix("/"), headers=headers) as response:
-        for piece in response.iter_bytes():
+        for piece in response.iter_raw():
             body += piece
             if len(body) > _REPLY_LIMIT or time.perf_counter() - began > _TIMEOUT:
                 break

@@ -53,5 +53,5 @@ def test_a_break_travels_as_json() -> None:
 
 def test_differences_are_named() -> None:
     """What is equal is not told; a worker's words cannot steer the terminal."""
-    assert differences(CPU, {"device": "\x1b[2Jgpu"}) .startswith("device cpu →  [2Jgpu")
+    assert differences(CPU, {"device": "\x1b[2Jgpu"}).startswith("device cpu →  [2Jgpu")
     assert differences(CPU, GPU | {"threads": "2"}) == "device cpu → cuda, threads None → 2"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import hashlib
 import re
 import shutil
 import socket
@@ -755,6 +757,29 @@ def test_a_state_that_cannot_be_fetched_stops_nothing(tmp_path: Path, worker: Wo
     run(desk(tmp_path, odd, records, settings={"pull_after": 3}), work)
     assert [event for event, _fields in records if event.startswith("snapshot")] == ["snapshot_failed"] * 2
     check_applied_once(tmp_path, worker, 6)
+
+
+def test_a_state_larger_than_any_is_not_fetched(
+    tmp_path: Path, worker: WorkerApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program in the worker's place cannot fill the disk: it is told, and nothing is left of what it sent."""
+    monkeypatch.setattr("sheily_train.colab.pulled.STATE_LIMIT", 3 * PIECE)
+    large = answering(200, b"x" * 4 * PIECE, sheily_digest=hashlib.sha256(b"x" * 4 * PIECE).hexdigest())
+
+    async def work(client: ClienteColabAsincrono) -> None:
+        await client.entrenar_lote(SAMPLES)
+        await client.descargar_estado()
+
+    with pytest.raises(WorkerError, match="envía a /state más de 3"):
+        run(desk(tmp_path, between(worker, lambda scope: large if scope["path"] == "/state" else None)), work)
+    assert list((tmp_path / "desk" / "snapshots").iterdir()) == []
+
+
+def test_an_answer_compressed_again_and_again_is_not_unpacked(tmp_path: Path) -> None:
+    """A few bytes could become more than the memory holds; the client asks for none compressed."""
+    bomb = answering(200, gzip.compress(gzip.compress(b" " * PIECE)), Content_Encoding="gzip, gzip")
+    with pytest.raises(WorkerError, match="comprimida varias veces"):
+        run(desk(tmp_path, bomb), lambda client: client.obtener_estado())
 
 
 def test_another_history_is_noticed(tmp_path: Path) -> None:
