@@ -27,6 +27,7 @@ from sheily_train.colab.async_client import DEFAULT_RUN, ClienteColabAsincrono
 from sheily_train.colab.batches import BINARY_FORM, VECTOR, Batch, batch_from_binary, batch_from_json
 from sheily_train.colab.presets import Settings
 from sheily_train.colab.protocol import ANONYMOUS_RUN, Kind, check_run_id
+from sheily_train.colab.report import report_files, write_report
 from sheily_train.colab.samples import Shuffled
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.threads import in_thread
@@ -37,7 +38,6 @@ from sheily_train.i18n import _, ngettext
 from sheily_train.runlog import Listener, Record, RunLog
 
 _WORKERS_OWN_NAMES = {"worker", ANONYMOUS_RUN}  # the one is its usual folder
-_REPORTS = (".html", ".json", ".md")
 _INTERVAL = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,5})m(?:in)?)?(?:(\d{1,7})s)?")
 
 _VECTORS_AT_ONCE = 16384  # 105 MB, many round trips' worth of training
@@ -83,11 +83,8 @@ class Order:
             raise RequestError(
                 _("No existe {file}.").format(file=self.settings.datos), mend=_("Da con --datos un archivo que exista.")
             )
-        if self.report and (self.report.suffix.lower() not in _REPORTS or not self.report.absolute().parent.is_dir()):
-            raise RequestError(
-                _("No se puede escribir el informe en «{file}».").format(file=self.report),
-                mend=_("Da un archivo .html, .json o .md de una carpeta que exista."),
-            )
+        if self.report is not None:
+            report_files(self.report)
 
     @property
     def log(self) -> Path:
@@ -233,8 +230,6 @@ async def _discard(order: Order, listeners: tuple[Listener, ...]) -> int:
 def _write_report(order: Order) -> tuple[Path, ...]:
     if order.report is None:
         return ()
-    from sheily_train.colab.report import write_report
-
     return tuple(write_report(order.log, order.report))
 
 

@@ -39,11 +39,11 @@ def write_report(log: Path, target: Path) -> list[Path]:
         The three files, HTML first.
 
     Raises:
-        RequestError: the target's suffix or folder, or the log, cannot be used.
+        RequestError: the target's suffix or folder, or the log, cannot be used; one of the files is no report.
         DataError: a line of the log is damaged.
         ResourceError: the disk is full.
     """
-    files = _report_files(target)
+    files = report_files(target)
     story = read_story(log)
     contents = (_page(story, log.name), _as_json(story, log.name), _notes(story, log.name))
     try:
@@ -57,7 +57,8 @@ def write_report(log: Path, target: Path) -> list[Path]:
     return files
 
 
-def _report_files(target: Path) -> list[Path]:
+def report_files(target: Path) -> list[Path]:
+    """The three files of a report; :class:`RequestError` when they cannot be, or would replace somebody's own."""
     suffix = target.suffix.lower()
     if suffix not in SUFFIXES:
         raise RequestError(
@@ -72,7 +73,29 @@ def _report_files(target: Path) -> list[Path]:
         )
     if folder := next((file for file in files if file.is_dir()), None):
         raise RequestError(_("{folder} es una carpeta.").format(folder=folder), mend=_("Da otro nombre al informe."))
+    if other := next((file for file in files if file.exists() and not _is_report(file)), None):
+        raise RequestError(
+            _("{file} ya existe y no es un informe: el informe son tres archivos y ocuparía su lugar.").format(
+                file=other
+            ),
+            mend=_("Da otro nombre al informe, o aparta ese archivo."),
+        )
     return files
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is an earlier report, by its first words, or nothing at all."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            head = opened.read(1000)
+    except OSError:
+        return False
+    beginnings = (f"# {_title()}", f'{{\n "format": {REPORT_FORMAT},\n "log": ')
+    return not head or head.startswith(beginnings) or f"<title>{_title()}" in head
+
+
+def _title() -> str:
+    return _("Informe de entrenamiento")
 
 
 def _as_json(story: Story, log: str) -> str:
@@ -113,6 +136,7 @@ def _render(template: str, story: Story, log: str, **more: Any) -> str:
     environment.filters["cell"] = lambda text: re.sub(r"[\r\n]+", " ", text).replace("|", "\\|")
     return environment.get_template(template).render(
         summary=story.summary,
+        heading=_title(),
         verdict=_verdict(story.summary),
         tiles=_tiles(story.summary),
         tables=_tables(story.summary),

@@ -395,6 +395,14 @@ def test_a_report_is_written_in_three_forms(worker: Worker, root: Path) -> None:
             order(worker, report=root / name)
 
 
+def test_a_report_that_would_replace_a_file_of_ones_own_is_refused_before_training(down: Worker, root: Path) -> None:
+    """Not after a night of it: nothing is sent, and the file is as it was."""
+    (root / "informe.md").write_text("# Mis notas")
+    with pytest.raises(RequestError, match=r"informe\.md ya existe y no es un informe"):
+        order(down, report=root / "informe.html")
+    assert (root / "informe.md").read_text() == "# Mis notas"
+
+
 def test_cada_repeats_until_it_is_stopped(worker: Worker) -> None:
     """Each time a session with fresh vectors; the stop comes in the pause."""
     outcomes: list[Outcome] = []

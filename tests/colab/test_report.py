@@ -218,6 +218,20 @@ def test_a_folder_in_the_way_is_refused(log: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "informe.html").exists()
 
 
+@pytest.mark.parametrize("name", ["informe.html", "informe.json", "informe.md"])
+@pytest.mark.parametrize("content", ["# Mis notas\n", '{"format": 1}', "<html><title>Informe</title>"])
+def test_only_a_report_is_replaced(log: Path, tmp_path: Path, name: str, content: str) -> None:
+    """A file of the person's own beside the one that was asked for, or in its place, is named and left as it is."""
+    own = tmp_path / name
+    own.write_text(content)
+    with pytest.raises(RequestError, match=rf"{name} ya existe y no es un informe"):
+        write_report(log, tmp_path / "informe.html")
+    assert set(tmp_path.iterdir()) == {own, log}
+    assert own.read_text() == content
+    own.write_text("")
+    assert write_report(log, tmp_path / "informe.html") == write_report(log, tmp_path / "informe.md")
+
+
 def test_a_damaged_log_leaves_no_report(tmp_path: Path) -> None:
     """Its error comes before the first file is written."""
     log = write_log(tmp_path / "l.jsonl", step(1, 1.0))
