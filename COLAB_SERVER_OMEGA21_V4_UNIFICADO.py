@@ -2953,7 +2953,7 @@ class Runs:
 
     def look(self, name: str) -> Standing | None:
         """Where a run stands, from memory or its newest snapshot; ``None`` when it is not known. Nothing changes."""
-        known = read_json(self.folder / name / RUN_FACTS_FILE)
+        known = self._written_facts(name)
         if run := self._open.get(name):
             ledger, fingerprint = run.ledger, run.learner.fingerprint
             return Standing(ledger.seed, ledger.owner, ledger.last_seq, ledger.chain, fingerprint)
@@ -2992,10 +2992,10 @@ class Runs:
         if run.ledger.seed != seed:
             raise another_seed(name, run.ledger.seed, seed)
         before, file = run.ledger.owner, self.folder / name / RUN_FACTS_FILE
-        begin = (read_json(file) or {}).get("chain") or chain or first_chain(name, seed)
+        begin = (self._written_facts(name) or {}).get("chain") or chain or first_chain(name, seed)
         try:
-            run.ledger.attach(owner)
-            write_json(file, {"seed": seed, "owner": run.ledger.owner, "chain": begin})
+            facts = {"seed": seed, "owner": run.ledger.attach(owner), "chain": begin}
+            write_json(file, {**facts, "sha256": _digest_of_facts(facts)})
         except OSError:
             run.ledger.owner = before
             raise
@@ -3147,9 +3147,22 @@ class Runs:
                 folder.rename(aside)
             sync_folder(self.folder)
 
+    def _written_facts(self, name: str) -> dict[str, Any] | None:
+        """What ``run.json`` says of a run. One that is not as it was written is told, and counts as absent.
+
+        What it says comes with the client, too; the state has its own sha256.
+        """
+        file = self.folder / name / RUN_FACTS_FILE
+        facts = read_json(file) or {}
+        if facts.pop("sha256", None) == _digest_of_facts(facts):
+            return facts
+        if file.exists():
+            _runs_log.warning("%s is not as it was written and was passed over", file)
+        return None
+
     def _load(self, name: str, seed: int, chain: str = "") -> Run:
         """Bring a run into memory: from its newest good snapshot, or new."""
-        known = read_json(self.folder / name / RUN_FACTS_FILE) or {}
+        known = self._written_facts(name) or {}
         if known.get("seed", seed) != seed:
             raise another_seed(name, known["seed"], seed)
         with self._disk:
@@ -3203,6 +3216,10 @@ class Runs:
         """Save a run whose latest state is not on the disk: it changed since its copy was made, or that failed."""
         if run.ledger.last_seq != run.captured_seq or run.ledger.run in self._unwritten:
             self.save(self.capture(run))
+
+
+def _digest_of_facts(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _card_of(ledger: Ledger, statistics: Statistics, opened: float) -> Card:

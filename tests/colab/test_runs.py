@@ -227,6 +227,38 @@ def test_owners_outlive_the_process(tmp_path: Path) -> None:
     assert again.attach("uno", 1, 9).ledger.owner == 10
 
 
+@pytest.mark.parametrize(
+    ("whole", "damaged"),
+    [
+        ('"seed": 1', '"seed": 3'),
+        ('"owner": 2', '"owner": "2"'),
+        ('"chain": "', '"chain": "0'),
+        ('"seed"', '"sead"'),
+        ("{", ""),
+    ],
+)
+def test_a_damaged_note_of_a_run_is_told_and_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, whole: str, damaged: str
+) -> None:
+    """Its seed, owner and chain come with the client; the run goes on from its snapshot, the note is written anew."""
+    runs = make_runs(tmp_path)
+    runs.attach("uno", 1, 0)
+    runs.attach("uno", 1, 1)
+    feed(runs, "uno", 2)
+    runs.close()
+    note = tmp_path / "uno" / "run.json"
+    note.write_text(note.read_text().replace(whole, damaged, 1))
+    again = make_runs(tmp_path)
+    standing = again.look("uno")
+    assert standing is not None
+    assert (standing.seed, standing.last_seq) == (1, 2)
+    assert f"{note} is not as it was written" in caplog.text
+    assert again.attach("uno", 1, 2).ledger.owner == 3
+    caplog.clear()
+    assert again.attach("uno", 1, 3).ledger.owner == 4
+    assert not caplog.text
+
+
 def test_an_owner_that_cannot_be_written_is_not_given(tmp_path: Path) -> None:
     """Where the disk refuses the new owner, the former one stays the owner."""
     runs = make_runs(tmp_path)
