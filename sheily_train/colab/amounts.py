@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sheily_train.i18n import ngettext
+
 
 def number_text(value: float | None) -> str:
     """A loss or so: four decimals, or four digits when it is tiny."""
@@ -11,6 +13,16 @@ def number_text(value: float | None) -> str:
 def count_text(value: float | None) -> str:
     """A whole number, its thousands apart."""
     return "—" if value is None else f"{value:,.0f}".replace(",", "\u202f")
+
+
+def vectors_text(count: int) -> str:
+    """So many vectors."""
+    return ngettext("{count} vector", "{count} vectores", count).format(count=count_text(count))
+
+
+def batches_text(count: int) -> str:
+    """So many batches."""
+    return ngettext("{count} lote", "{count} lotes", count).format(count=count_text(count))
 
 
 def percent_text(share: float | None, sign: str = "") -> str:

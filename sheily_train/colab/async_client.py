@@ -30,7 +30,7 @@ from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import FORMS, ClientSettings, Record, Wire
 from sheily_train.errors import NoRuns, OutOfStep, RequestError, UnreachableError, WorkerError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 DEFAULT_RUN = "principal"
 
@@ -302,7 +302,9 @@ class ClienteColabAsincrono:
         if self._opened is None or self.plain:
             return _("Comprueba la dirección y que el trabajador siga en marcha.")
         journal = self._opened[0]
+        count = journal.last_seq - journal.answered_seq
+        waiting = ngettext("{count} evento espera", "{count} eventos esperan", count).format(count=count)
         return _(
-            "Nada se ha perdido: {count} eventos esperan en el diario. Con el trabajador en marcha, repite la misma "
-            "orden (o llama a conectar()), con la dirección nueva si ha cambiado."
-        ).format(count=journal.last_seq - journal.answered_seq)
+            "Nada se ha perdido: {waiting} en el diario. Con el trabajador en marcha, repite la misma orden (o llama a "
+            "conectar()), con la dirección nueva si ha cambiado."
+        ).format(waiting=waiting)

@@ -24,7 +24,7 @@ from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup, foreign
 from sheily_train.colab.wire import ClientSettings, Record, Wire
 from sheily_train.errors import NoRuns, RefusedError, WorkerError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 Place = dict[str, Any]
 """What a worker says of a run and of itself."""
@@ -117,9 +117,11 @@ class Attachment:
         """Know that the worker's events are this journal's first ones; :class:`DataError` for one it has lost."""
         if seq > self._journal.last_seq and not self._journal.lost_its_tail:
             raise WorkerError(
-                _("El trabajador ya aplicó {theirs} eventos de «{run}» y este diario solo tiene {ours}.").format(
-                    theirs=seq, run=self._journal.run, ours=self._journal.last_seq
-                ),
+                ngettext(
+                    "El trabajador ya aplicó {theirs} evento de «{run}» y este diario no tiene ninguno.",
+                    "El trabajador ya aplicó {theirs} eventos de «{run}» y este diario solo tiene {ours}.",
+                    seq,
+                ).format(theirs=seq, run=self._journal.run, ours=self._journal.last_seq),
                 mend=_("Sigue desde donde está el diario completo, o empieza otro entrenamiento con --run."),
             )
         if chain != self._journal.chain(seq):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sheily_train.i18n import _
+from sheily_train.colab.amounts import vectors_text
+from sheily_train.i18n import _, ngettext
 from sheily_train.runlog import Record
 
 
@@ -84,10 +85,12 @@ class Tally:
             return _("Aún no se ha entrenado ningún lote.")
         lines = [
             _("✅ Entrenamiento completado"),
-            _("   Anomalía: {share:.2%} de media; {count} vectores marcados").format(
-                share=self.anomaly_prob, count=self.anomalies
-            ),
-            _("   Lotes: {batches} ({vectors} vectores)").format(batches=self.batches, vectors=self.vectors),
+            ngettext(
+                "   Anomalía: {share:.2%} de media; {count} vector marcado",
+                "   Anomalía: {share:.2%} de media; {count} vectores marcados",
+                self.anomalies,
+            ).format(share=self.anomaly_prob, count=self.anomalies),
+            _("   Lotes: {batches} ({vectors})").format(batches=self.batches, vectors=vectors_text(self.vectors)),
         ]
         if self._losses:
             told = _("   Loss: {last:.6f} (primera {first:.6f}, media {mean:.6f})")

@@ -25,7 +25,7 @@ from sheily_train.colab.batches import BINARY_FORM, JSON_FORM
 from sheily_train.colab.loopback import is_loopback
 from sheily_train.colab.verdicts import Answer, Hiccup, foreign, raise_refusal, read_reply
 from sheily_train.errors import RequestError, WorkerError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 Record = Callable[..., None]
 
@@ -233,7 +233,11 @@ class Wire:
 
     def _given_up(self, hiccup: Hiccup) -> WorkerError:
         tries = self._settings.retries + 1
-        message = _("{reason} Tras {tries} intentos se deja de insistir.").format(reason=hiccup.text, tries=tries)
+        message = ngettext(
+            "{reason} Tras {tries} intento se deja de insistir.",
+            "{reason} Tras {tries} intentos se deja de insistir.",
+            tries,
+        ).format(reason=hiccup.text, tries=tries)
         return hiccup.final(message, mend=self._mend())
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from sheily_train.colab.findings import Check, Checks, State, hidden
 from sheily_train.colab.html_page import page_title
 from sheily_train.colab.loopback import is_loopback
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 if TYPE_CHECKING:
     import httpx2
@@ -249,10 +249,14 @@ def _standing(status: dict[str, Any]) -> str:
     """The model, its device and how far it is, from an answer of ``/status``."""
     numbers = status.get("estadisticas")
     numbers = numbers if isinstance(numbers, dict) else {}
-    return _("{model} en {device}, {batches} lotes").format(
+    batches = numbers.get("total_batches", "?")
+    told = ngettext(
+        "{model} en {device}, {batches} lote", "{model} en {device}, {batches} lotes", 1 if batches == 1 else 2
+    )
+    return told.format(
         model=str(status.get("modelo", "?"))[:60],
         device=str(numbers.get("dispositivo", "?"))[:60],
-        batches=str(numbers.get("total_batches", "?"))[:20],
+        batches=str(batches)[:20],
     )
 
 

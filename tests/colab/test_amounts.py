@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from sheily_train.colab.amounts import count_text, number_text, percent_text, size_text, time_text
+from sheily_train.colab.amounts import (
+    batches_text,
+    count_text,
+    number_text,
+    percent_text,
+    size_text,
+    time_text,
+    vectors_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,6 +21,10 @@ from sheily_train.colab.amounts import count_text, number_text, percent_text, si
         (number_text(0.6), "0.6000"),
         (number_text(0.00012345), "0.0001234"),
         (count_text(1234567), "1\u202f234\u202f567"),
+        (vectors_text(1), "1 vector"),
+        (vectors_text(1000), "1\u202f000 vectores"),
+        (batches_text(1), "1 lote"),
+        (batches_text(0), "0 lotes"),
         (percent_text(-0.125, "+"), "−12.5\u202f%"),
         (percent_text(0.125, "+"), "+12.5\u202f%"),
         (time_text(0.35), "350\u202fms"),

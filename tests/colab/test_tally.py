@@ -33,6 +33,13 @@ def test_the_summary_takes_a_loss_that_nobody_knows() -> None:
     assert "   Loss: 1.000000 (primera 2.000000, media 1.500000)" in some.text().splitlines()[1]
 
 
+def test_one_is_told_as_one() -> None:
+    """A summary of a single vector reads right."""
+    text = tally_of({**step(1, 2.0), "samples": 1}).text()
+    assert "1 vector marcado" in text
+    assert text.endswith("   Lotes: 1 (1 vector)")
+
+
 def test_an_event_told_twice_counts_once() -> None:
     """What is told again as it was changes nothing."""
     once, twice = tally_of(step(1, 2.0)), tally_of(step(1, 2.0), step(1, 2.0))

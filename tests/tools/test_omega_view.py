@@ -108,7 +108,7 @@ def test_a_session_that_goes_on_has_a_bar_that_begins_there() -> None:
     """With what was in the journal done already; the next session has a bar of its own."""
     resumed = SESSION | {"resumed": True, "done": 5}
     lines = live(resumed, step(6))
-    assert "Sigue la sesión 3: 5 de 8 lotes ya estaban en el diario" in lines
+    assert "Sigue la sesión 3: de sus lotes, ya estaban en el diario 5 de 8" in lines
     assert "6/8" in lines[-1]
     lines = live(resumed, step(6), DONE, SESSION | {"session": 4})
     assert lines[-1].startswith("sesión 4")
@@ -206,6 +206,13 @@ def test_steps_before_a_session_and_unknown_records_are_passed_over() -> None:
     """A replay tells steps before the session is known; other programs' records are none of ours."""
     assert live(step(1), {"event": "snapshot", "seq": 1}, {"event": "later"}) == []
     assert plain(step(1), 60, step(2)) == []
+
+
+def test_one_is_told_as_one() -> None:
+    """A session of a single vector reads right."""
+    lines = plain({**SESSION, "samples": 1, "batches": 1}, {**DONE, "vectors": 1, "batches": 1})
+    assert "Sesión 3: 1 vector (simple) en 1 lote de 64, pasadas: 1" in lines
+    assert "   Vectores: 1 en 1 lote" in lines
 
 
 def test_what_a_worker_says_cannot_steer_the_terminal() -> None:

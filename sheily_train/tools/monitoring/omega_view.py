@@ -10,6 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from sheily_train.colab.amounts import batches_text, vectors_text
 from sheily_train.colab.breaks import differences, whereto
 from sheily_train.colab.screen import printable
 from sheily_train.colab.tally import Tally
@@ -160,12 +161,10 @@ def _diagnosis(record: Record) -> list[str]:
 
 def _session(record: Record) -> list[str]:
     if record["resumed"]:
-        return [_("Sigue la sesión {session}: {done} de {batches} lotes ya estaban en el diario").format(**record)]
-    return [
-        _("Sesión {session}: {samples} vectores ({source}) en {batches} lotes de {lote}, pasadas: {epochs}").format(
-            **record
-        )
-    ]
+        told = _("Sigue la sesión {session}: de sus lotes, ya estaban en el diario {done} de {batches}")
+        return [told.format(**record)]
+    told = _("Sesión {session}: {vectors} ({source}) en {parts} de {lote}, pasadas: {epochs}")
+    return [told.format(**record, vectors=vectors_text(record["samples"]), parts=batches_text(record["batches"]))]
 
 
 def _retry(record: Record) -> list[str]:
@@ -211,7 +210,8 @@ def _done(record: Record) -> list[str]:
         lines.append(_("   Loss: {loss:.6f}").format(loss=record["loss"]) + before)
     if record["anomaly_prob"] is not None:
         lines.append(_("   Anomalía: {percent:.2f}%").format(percent=100 * record["anomaly_prob"]))
-    lines.append(_("   Vectores: {vectors} en {batches} lotes").format(**record))
+    parts = batches_text(record["batches"])
+    lines.append(_("   Vectores: {vectors} en {batches}").format(vectors=record["vectors"], batches=parts))
     rate = record["vectors_per_second"]
     speed = _(" ({rate:.0f} vectores/s)").format(rate=rate) if rate else ""
     lines.append(_("   Tiempo: {seconds:.1f} s").format(seconds=record["seconds"]) + speed)

@@ -262,6 +262,7 @@ def test_labels_that_are_none(tmp_path: Path, write: Writer) -> None:
         ("1,2,3\n1,,3\n", r"data\.csv:2, número 2.*celda vacía"),
         ("1,2,tres\n1,2,3\n", r"data\.csv:1, número 3.*«tres»"),
         ("1,2,3\n1,2\n", r"data\.csv:2.*2 columnas.*3"),
+        ("1,2,3\n1\n", r"data\.csv:2: hay 1 columna;"),
         ("x,label\n1,sí\n", r"data\.csv:2.*«sí»"),
         ("x\n", "vacío"),
         ("\n\n", "vacío"),
@@ -318,7 +319,7 @@ def test_an_archive_without_the_names(tmp_path: Path) -> None:
 
 def test_labels_of_another_length(tmp_path: Path) -> None:
     """Two labels for three vectors are refused."""
-    refused(npz(tmp_path, VECTORS, LABELS[:2]), "2 etiquetas para 3")
+    refused(npz(tmp_path, VECTORS, LABELS[:2]), "las etiquetas son 2 y las filas 3")
 
 
 def test_a_parquet_with_texts(tmp_path: Path) -> None:
