@@ -8,6 +8,7 @@ folder fsynced. Two are kept, and the journal's bodies from the older one on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from sheily_train.colab.protocol import DIGEST_HEADER, RUN_HEADER, SEQ_HEADER, S
 from sheily_train.colab.threads import in_thread
 from sheily_train.colab.verdicts import Hiccup
 from sheily_train.colab.wire import PIECE, ClientSettings, Record, Wire
-from sheily_train.errors import SheilyError, WorkerError
+from sheily_train.errors import ResourceError, SheilyError, WorkerError
 from sheily_train.i18n import _
 
 STATES_FOLDER = "snapshots"
@@ -118,21 +119,30 @@ class PulledStates:
         begun = time.monotonic()
         async with self._one_at_a_time:
             part = self._folder / _PART
-            durable.make_folder(self._folder)
             try:
+                durable.make_folder(self._folder)
                 seq, sha256 = await self._wire.retried(lambda: self._fetch(part))
                 kept = await in_thread(self._keep, PulledState(seq, sha256, part))
+                size = kept.size
+            except OSError as error:
+                raise ResourceError(
+                    _("El estado no se puede guardar en {folder}: {reason}.").format(
+                        folder=self._folder, reason=error.strerror or error
+                    ),
+                    mend=_("Comprueba el sitio libre y los permisos; el entrenamiento sigue sin él."),
+                ) from error
             finally:
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it was told
+                    part.unlink(missing_ok=True)
         seconds = round(time.monotonic() - begun, 3)
-        self._record("snapshot", seq=kept.seq, bytes=kept.size, seconds=seconds)
+        self._record("snapshot", seq=kept.seq, bytes=size, seconds=seconds)
         return kept
 
     async def _pull_quietly(self) -> None:
         """A state that cannot be fetched now is fetched later: the journal has all that it would replace."""
         try:
             await self.pull()
-        except (SheilyError, OSError) as error:
+        except SheilyError as error:
             self._record("snapshot_failed", reason=" ".join(str(error).split()))
 
     async def _fetch(self, part: Path) -> tuple[int, str]:

@@ -45,6 +45,7 @@ from sheily_train.errors import (
     BusyError,
     RefusedError,
     RequestError,
+    ResourceError,
     SheilyError,
     UnreachableError,
     WorkerError,
@@ -757,6 +758,25 @@ def test_a_state_that_cannot_be_fetched_stops_nothing(tmp_path: Path, worker: Wo
     run(desk(tmp_path, odd, records, settings={"pull_after": 3}), work)
     assert [event for event, _fields in records if event.startswith("snapshot")] == ["snapshot_failed"] * 2
     check_applied_once(tmp_path, worker, 6)
+
+
+def test_a_state_that_the_disk_does_not_take_is_told(tmp_path: Path, worker: WorkerApp) -> None:
+    """As an explained error to who asked for it, as a record beside the training, which goes on."""
+    records: Records = []
+
+    async def work(client: ClienteColabAsincrono) -> None:
+        await client.entrenar_lote(SAMPLES[:30])
+        (tmp_path / "desk" / "snapshots").write_text("a file where the folder should be")
+        await client.entrenar_multiples_lotes(SAMPLES, 30)
+        await client._parts()[1].finish()
+        await client.descargar_estado()
+
+    with pytest.raises(ResourceError, match="no se puede guardar en"):
+        run(desk(tmp_path, worker, records, settings={"pull_after": 2}), work)
+    [failed] = [fields for event, fields in records if event == "snapshot_failed"]
+    assert "no se puede guardar" in failed["reason"]
+    (tmp_path / "desk" / "snapshots").unlink()
+    check_applied_once(tmp_path, worker, 3)
 
 
 def test_a_state_larger_than_any_is_not_fetched(
