@@ -16,13 +16,13 @@ def count_text(value: float | None) -> str:
 
 
 def vectors_text(count: int) -> str:
-    """So many vectors."""
-    return ngettext("{count} vector", "{count} vectores", count).format(count=count_text(count))
+    """So many vectors, as a terminal's line tells them."""
+    return ngettext("{count} vector", "{count} vectores", count).format(count=count)
 
 
 def batches_text(count: int) -> str:
-    """So many batches."""
-    return ngettext("{count} lote", "{count} lotes", count).format(count=count_text(count))
+    """So many batches, as a terminal's line tells them."""
+    return ngettext("{count} lote", "{count} lotes", count).format(count=count)
 
 
 def percent_text(share: float | None, sign: str = "") -> str:

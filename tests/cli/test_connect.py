@@ -133,7 +133,7 @@ def test_presets_and_files(run: Run, home: Path) -> None:
     """A flag beats the preset; a long series in a CSV is cut into windows, with labels by name."""
     code, out, error = run("URL", "--preset", "prueba_rapida", "--muestras", "12", "--no-diagnostico")
     assert (code, error) == (0, "")
-    assert "12 vectores (simple) en 1 lotes de 32" in out
+    assert "12 vectores (simple) en 1 lote de 32" in out
     assert "Diagnóstico" not in out
     rows = [f"{value:.3f},{int(value > 0.99)}" for value in np.sin(np.arange(4800) / 50)]
     (home / "serie.csv").write_text("valor,mala\n" + "\n".join(rows) + "\n", encoding="utf-8")
@@ -248,7 +248,7 @@ def test_ctrl_c_ends_with_130_and_a_line_on_how_to_go_on(worker: Worker, name: s
     assert told == f"--continuar --run {name}"
     command, environment = given(worker, f"URL {told}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert re.search(r"Sigue la sesión 1: \d+ de 300 lotes", done.stdout)
+    assert re.search(r"Sigue la sesión 1: .* \d+ de 300\n", done.stdout)
     assert "Vectores: 1200 en 300 lotes\n" in done.stdout
 
 

@@ -22,7 +22,7 @@ from sheily_train.colab.amounts import (
         (number_text(0.00012345), "0.0001234"),
         (count_text(1234567), "1\u202f234\u202f567"),
         (vectors_text(1), "1 vector"),
-        (vectors_text(1000), "1\u202f000 vectores"),
+        (vectors_text(1000), "1000 vectores"),
         (batches_text(1), "1 lote"),
         (batches_text(0), "0 lotes"),
         (percent_text(-0.125, "+"), "−12.5\u202f%"),
