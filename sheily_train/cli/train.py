@@ -14,7 +14,7 @@ import click
 
 from sheily_train import paths
 from sheily_train.core.training.request import TrainRequest, flag, resolve, settings
-from sheily_train.errors import RequestError
+from sheily_train.errors import INTERNAL_ERROR, RequestError, SheilyError
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
@@ -157,7 +157,14 @@ def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: b
         click.echo(json.dumps([_as_json(outcome) for outcome in outcomes], ensure_ascii=False, indent=2))
     elif not quiet:
         _print_summary(outcomes, log)
-    return 1 if any(outcome.error for outcome in outcomes) else 0
+    return _exit_code([outcome.error for outcome in outcomes if outcome.error])
+
+
+def _exit_code(errors: list[SheilyError]) -> int:
+    """That of several branches: 70 where one met a defect of the program, else 1 where one failed."""
+    if any(error.exit_code == INTERNAL_ERROR for error in errors):
+        return INTERNAL_ERROR
+    return 1 if errors else 0
 
 
 def _tracker(name: str) -> Callable[[dict[str, Any]], None]:

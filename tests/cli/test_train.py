@@ -240,7 +240,7 @@ def test_a_misspelt_branch_leaves_nothing_behind(run: Run, home: Path) -> None:
 
 
 def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody foresaw is told in one line; several branches go on after it."""
+    """What nobody foresaw is told in one line and leaves with 70: of one branch, of several, of another command."""
     from sheily_train.core.training import shared_base
 
     def broken(*_words: object, **_more: object) -> None:
@@ -248,8 +248,9 @@ def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(shared_base, "create_lora_model", broken)
     code, _out, error = run("train", "--all", "--lora")
-    assert code == 1
+    assert code == 70
     assert error.count("Fallo inesperado: ZeroDivisionError: prueba larga") == 2
+    assert run("train", "--branch", "physics", "--lora")[0] == 70
     monkeypatch.setattr("sheily_train.core.branches.catalog.find_branches", broken)
     code, _out, error = run("branches", "list")
     assert code == 70
