@@ -14,6 +14,7 @@ import pytest
 
 from sheily_train import cli, paths
 from sheily_train.cli.train import train
+from tests.full_disk import full_disk_after
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -181,6 +182,23 @@ def test_ask_evaluate_and_export_work_on_what_was_trained(run: Run, tmp_path: Pa
     assert code == 0
     assert (tmp_path / "entero" / paths.MODEL_WEIGHTS).is_file()
     assert run("export", "physics", "--merge", "--output", str(tmp_path / "entero"))[0] == 2
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(run: Run, home: Path, tmp_path: Path) -> None:
+    """`export` and `evaluate --matrix` say where there is no room and leave with 5; with room they do all of it."""
+    assert run("train", "--branch", "physics", "--lora", "--max-steps", "1", "--quiet")[0] == 0
+    whole = tmp_path / "entero"
+    export, matrix = ("export", "physics", "--merge", "--output", str(whole)), ("evaluate", "--matrix")
+    for size, words in ((300, export), (50_000, export), (100, matrix), (1000, matrix)):
+        with full_disk_after(size):
+            code, _out, error = run(*words)
+        assert code == 5, error
+        assert error.splitlines()[-1].startswith("Error: El disco está lleno (")
+        assert ("entero" if words is export else "matrix.") in error
+        assert list(tmp_path.iterdir()) == [home]
+        assert not list(paths.logs_dir().glob(".*"))
+    for words in (export, matrix):
+        assert run(*words)[0] == 0
 
 
 def test_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,8 +69,9 @@ def write(
     """
     shutil.rmtree(staging, ignore_errors=True)
     durable.make_folder(staging)
-    _write_model(staging, model, adapter)
-    job.tokenizer.save_pretrained(staging)
+    with durable.naming(staging):
+        _write_model(staging, model, adapter)
+        job.tokenizer.save_pretrained(staging)
     durable.write_json(staging / paths.TRAINING_METRICS, metrics.to_json())
     durable.write_bytes(staging / paths.MODEL_CARD, _card(job, metrics).encode())
     files = sorted(path for path in staging.rglob("*") if path.is_file())
