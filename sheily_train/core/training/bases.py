@@ -221,6 +221,11 @@ def _read_folder(name: str, folder: Path, reader: Callable[[str], T]) -> T:
             raise _load_error(name, error) from error
 
 
+def most_tokens(config: PretrainedConfig) -> int | None:
+    """The longest text that a model takes, in tokens; ``None`` where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
 def _load_error(name: str, error: Exception) -> SheilyError:
     """What keeps files that are there from being loaded: memory, a kind of model that is not known, or damage."""
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,8 +125,17 @@ def compare_with_base(branch: str, branches_dir: Path, folder: Path, device: str
     }
 
 
-def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
-    """A branch's held-out rows, put as the specialist's own were. Raises DataError when the branch has none."""
+def held_out_rows(branch: catalog.Branch, loaded: Specialist, max_length: int | None = None) -> list[TokenRow]:
+    """A branch's held-out rows, put as the specialist's own were.
+
+    Args:
+        branch: whose rows.
+        loaded: the specialist that they are for.
+        max_length: tokens a row, where it is not that of the specialist's own training; the model's limit counts too.
+
+    Raises:
+        DataError: the branch has none, or one whose answer is too long.
+    """
     examples = read_examples(branch.evaluation_files)
     if not examples:
         raise DataError(
@@ -133,7 +143,7 @@ def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
             mend=_("Ponlos en {folder}.").format(folder=branch.folder / paths.EVALUATION_DATA),
         )
     request = loaded.config["request"]
-    length = request["max_length"]
+    length = min(max_length or request["max_length"], bases.most_tokens(loaded.model.config) or sys.maxsize)
     return tokenize(examples, loaded.tokenizer, template=request["template"], max_length=length, most=length)
 
 

@@ -127,7 +127,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
         )
     config = bases.load_config(request.model)
     tokenizer = bases.load_tokenizer(request.model)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or None
+    most = bases.most_tokens(config)
     request = replace(request, max_length=min(request.max_length, most or request.max_length))
     rows, judged = (
         data.tokenize(part, tokenizer, template=request.template, max_length=request.max_length, most=most)
