@@ -33,6 +33,8 @@ def _start(record: Record) -> list[str]:
     ]
     if record["init_adapter"]:
         lines.insert(1, _("Parte del adaptador {init_adapter}"))
+    if record["early_stopping"] and not record["heldout_examples"]:
+        lines.append(_("Aviso: sin ejemplos reservados, --early-stopping no para nada: se dan todas las pasadas"))
     values = record | {
         "reason": record["placement"]["reason"],
         "trainable": f"{record['trainable_parameters']:,}".replace(",", " "),

@@ -80,6 +80,7 @@ class Job:
             "branch": self.branch.name,
             "model": self.request.model,
             "init_adapter": self.request.init_adapter,
+            "early_stopping": self.request.early_stopping,
             "placement": self.placement.to_json(),
             "format": self.row_format.value,
             "examples": self.work.examples,

@@ -13,6 +13,7 @@ START: dict[str, Any] = {
     "branch": "physics",
     "model": "smollm2-135m",
     "init_adapter": "",
+    "early_stopping": 0,
     "placement": {"reason": "CPU con 2 hilos, bf16, LoRA"},
     "format": "prompt/completion",
     "examples": 64,
@@ -47,6 +48,13 @@ def test_the_first_lines_tell_what_will_be_done() -> None:
 def test_an_adapter_that_it_begins_with_is_told() -> None:
     """After the branch."""
     assert describe(START | {"init_adapter": "common"})[1] == "Parte del adaptador common"
+
+
+def test_early_stopping_that_cannot_stop_is_told() -> None:
+    """Only where there is nothing to judge by."""
+    stops = START | {"early_stopping": 2}
+    assert describe(stops) == describe(START)
+    assert describe(stops | {"heldout_examples": 0})[-1].startswith("Aviso: sin ejemplos reservados, --early-stopping")
 
 
 def test_a_resumed_run_says_where_it_goes_on() -> None:

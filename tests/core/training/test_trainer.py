@@ -182,9 +182,10 @@ def test_early_stopping_keeps_the_best_weights(lora: TrainRequest) -> None:
 
 
 def test_a_branch_without_held_out_rows_trains_and_says_so(lora: TrainRequest, home: Path) -> None:
-    """No evaluation data: no held-out numbers are made up."""
+    """No evaluation data: no held-out numbers are made up, and early stopping is told to stop nothing."""
     shutil.rmtree(home / "all-Branches" / "physics" / "evaluation")
-    result = train_model(lora)
+    result = train_model(replace(lora, early_stopping=1))
+    assert "--early-stopping no para nada" in result.log.with_suffix(".log").read_text()
     assert result.metrics["heldout_before"] is None
     assert result.metrics["heldout_after"] is None
     assert "sin datos reservados" in (result.folder / paths.MODEL_CARD).read_text()
