@@ -108,7 +108,10 @@ def _check_mapping(mapping: Mapping[str, str]) -> None:
 
 
 def _check_targets(request: ImportRequest) -> None:
-    """Refuse two sources that would be written to the same file, and to write over files without ``force``."""
+    """Refuse two sources that would be written to the same file, and to write over files without ``force``.
+
+    Nor are training rows replaced without the held-out ones of the same name, which would judge others.
+    """
     targets = [target for source in request.sources for target in _targets(request, source)]
     for target in targets:
         if targets.count(target) > 1:
@@ -119,6 +122,14 @@ def _check_targets(request: ImportRequest) -> None:
         if target.exists() and not request.force:
             raise RequestError(
                 _("Ya existe {file}.").format(file=shown_path(target)), mend=_("Usa --force para reemplazarlo.")
+            )
+        judging = target.parents[2] / EVALUATION_DATA / target.name
+        if target.exists() and judging.exists() and judging not in targets:
+            raise RequestError(
+                _("{file} juzga a las filas que se reemplazan, y juzgaría a las nuevas.").format(
+                    file=shown_path(judging)
+                ),
+                mend=_("Repite con --held-out para reemplazarlo también, o bórralo antes."),
             )
 
 

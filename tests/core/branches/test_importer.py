@@ -212,6 +212,24 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     assert rows_of(first) == [{"instruction": "¿Qué?", "output": "Otro."}]
 
 
+def test_rows_are_not_replaced_without_those_held_out_of_them(tmp_path: Path) -> None:
+    """An evaluation file of the rows before never judges the new ones: it is replaced too, or nothing is."""
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    training, held_out = bring(tmp_path, put(tmp_path, "a.jsonl", rows), held_out=20)
+    before = training.file.read_bytes()
+    put(tmp_path, "a.jsonl", rows.replace("¿Qué", "¿Cómo"))
+    with pytest.raises(RequestError, match=r"evaluation.*a\.jsonl juzga") as caught:
+        bring(tmp_path, tmp_path / "a.jsonl", force=True)
+    assert "--held-out" in caught.value.mend
+    assert training.file.read_bytes() == before
+    bring(tmp_path, tmp_path / "a.jsonl", force=True, held_out=20)
+    assert "¿Cómo es" in held_out.file.read_text(encoding="utf-8")
+    bring(tmp_path, tmp_path / "a.jsonl", force=True, evaluation=True)
+    held_out.file.unlink()
+    bring(tmp_path, tmp_path / "a.jsonl", force=True)
+    assert "¿Cómo es" in training.file.read_text(encoding="utf-8")
+
+
 def test_two_sources_never_share_a_file(tmp_path: Path) -> None:
     """Two files of one name would overwrite each other."""
     (tmp_path / "b").mkdir()
