@@ -121,19 +121,29 @@ def _have_base(model: str, *, quiet: bool) -> None:
 
 
 def _dry_run(requests: list[TrainRequest], as_json: bool) -> int:
+    from sheily_train.core.training.fleet import told
     from sheily_train.core.training.narration import describe
     from sheily_train.core.training.preparation import check_resources, prepare
 
-    facts = []
+    facts: list[dict[str, Any]] = []
+    errors: list[SheilyError] = []
     for request in requests:
-        job = prepare(request)
-        check_resources(job)
+        try:
+            job = prepare(request)
+            check_resources(job)
+        except Exception as error:
+            if len(requests) == 1:
+                raise
+            errors.append(told(error))
+            facts.append({"branch": request.branch, "error": str(errors[-1])})
+            _tell_error(request.branch, errors[-1])
+            continue
         facts.append(job.facts())
         if not as_json:
             click.echo("\n".join(describe({"event": "start", **job.facts()})))
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=2))
-    return 0
+    return _exit_code(errors)
 
 
 def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: bool, report_to: str | None) -> int:
@@ -150,7 +160,7 @@ def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: b
         for outcome in train_branches(requests, log=log, listeners=listeners, fresh=fresh):
             outcomes.append(outcome)
             if outcome.error is not None and several:
-                click.echo(_("{branch}: {error}").format(branch=outcome.branch, error=outcome.error), err=True)
+                _tell_error(outcome.branch, outcome.error)
     if len(outcomes) == 1 and outcomes[0].error is not None:
         raise outcomes[0].error
     if as_json:
@@ -158,6 +168,10 @@ def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: b
     elif not quiet:
         _print_summary(outcomes, log)
     return _exit_code([outcome.error for outcome in outcomes if outcome.error])
+
+
+def _tell_error(branch: str, error: SheilyError) -> None:
+    click.echo(_("{branch}: {error}").format(branch=branch, error=error), err=True)
 
 
 def _exit_code(errors: list[SheilyError]) -> int:

@@ -72,6 +72,19 @@ def test_a_dry_run_tells_and_writes_nothing(run: Run, home: Path) -> None:
     assert first["steps"] == 9
 
 
+def test_a_dry_run_tells_every_branch_and_every_problem(run: Run, home: Path) -> None:
+    """A branch that cannot be trained keeps none after it from being told, and ends as training it would."""
+    (home / "all-Branches" / "music" / "training" / "data" / "train.jsonl").write_text("{roto\n")
+    code, out, error = run("train", "--all", "--dry-run")
+    assert (code, out.count("Trabajo: ")) == (1, 1)
+    assert error.startswith("music: ")
+    assert "train.jsonl:1" in error
+    music, physics = json.loads(run("train", "--all", "--dry-run", "--json")[1])
+    assert "train.jsonl:1" in music["error"]
+    assert (music["branch"], physics["steps"]) == ("music", 9)
+    assert run("train", "--branch", "music", "--dry-run")[0] == 3
+
+
 def test_the_ecosystems_flag_names_are_taken(run: Run) -> None:
     """--num_train_epochs and its kin mean what they mean elsewhere, with either dash."""
     words = ["--num_train_epochs", "2", "--per_device_train_batch_size", "3", "--learning_rate", "1e-3"]
