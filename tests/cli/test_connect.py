@@ -133,7 +133,7 @@ def test_presets_and_files(run: Run, home: Path) -> None:
     """A flag beats the preset; a long series in a CSV is cut into windows, with labels by name."""
     code, out, error = run("URL", "--preset", "prueba_rapida", "--muestras", "12", "--no-diagnostico")
     assert (code, error) == (0, "")
-    assert "12 vectores (simple) en 1 lotes de 32" in out
+    assert "12 vectores (simple) en 1 lote de 32" in out
     assert "Diagnóstico" not in out
     rows = [f"{value:.3f},{int(value > 0.99)}" for value in np.sin(np.arange(4800) / 50)]
     (home / "serie.csv").write_text("valor,mala\n" + "\n".join(rows) + "\n", encoding="utf-8")

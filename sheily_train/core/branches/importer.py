@@ -32,7 +32,7 @@ from sheily_train.core.branches.examples import (
     refuse_errors,
 )
 from sheily_train.errors import DataError, MissingExtraError, RequestError, ResourceError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, _n
 from sheily_train.paths import EVALUATION_DATA, ROWS_SUFFIX, TRAINING_DATA
 
 FIELDS = tuple(field for row_format in RowFormat for field in row_format.split("/"))
@@ -227,7 +227,7 @@ def _csv_rows(path: Path) -> NumberedRows:
             if len(values) == len(columns):
                 yield line, dict(zip(columns, values, strict=True))
             elif values:
-                found = _("{count} valores").format(count=len(values))
+                found = _n("{count} valor", "{count} valores", len(values)).format(count=len(values))
                 expected = _("{count}, como columnas").format(count=len(columns))
                 mend = _("Pon entre comillas los textos que llevan «{separator}».").format(separator=separator)
                 yield line, Problem(Code.FIELDS, path, line, found, expected, mend)

@@ -22,7 +22,7 @@ from sheily_train.colab.batches import MAX_MAGNITUDE, NO_LABEL, VECTOR, Batch
 from sheily_train.core.branches.catalog import shown_path, unreadable
 from sheily_train.core.branches.examples import excerpt
 from sheily_train.errors import DataError, RequestError, ResourceError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, _n
 
 DATA_NAMES = ("input_data", "X", "data", "arr_0")
 LABEL_COLUMNS = ("anomaly_label", "label", "etiqueta", "anomaly")
@@ -120,9 +120,11 @@ def _windows(path: Path, series: NDArray[Any], labels: NDArray[np.int8], stride:
     """The series [L] cut, its labels [L], or [1] for all of it."""
     if len(series) < VECTOR:
         raise DataError(
-            _("{file}: la serie tiene {found} números; se esperaban al menos {expected}.").format(
-                file=shown_path(path), found=len(series), expected=VECTOR
-            ),
+            _n(
+                "{file}: la serie tiene {found} número; se esperaban al menos {expected}.",
+                "{file}: la serie tiene {found} números; se esperaban al menos {expected}.",
+                len(series),
+            ).format(file=shown_path(path), found=len(series), expected=VECTOR),
             mend=_("Una ventana son {expected} números seguidos: junta más datos.").format(expected=VECTOR),
         )
     starts = np.arange(0, len(series) - VECTOR + 1, stride)
@@ -222,7 +224,7 @@ def _array_table(path: Path, values: NDArray[Any], labels: NDArray[Any] | None) 
             table = table.reshape(-1, 1)  # a series in a row, with a label for each of its points
         if labels.shape not in {(len(table),), (len(table), 1), (1, len(table))}:
             raise DataError(
-                _("{file}: hay {found} etiquetas para {expected} filas.").format(
+                _("{file}: etiquetas: {found}; filas: {expected}.").format(
                     file=shown_path(path), found=labels.size, expected=len(table)
                 ),
                 mend=_("Pon una etiqueta por vector, o por punto de la serie."),
@@ -279,9 +281,11 @@ def _csv_table(path: Path, label_column: str | None) -> _Table:
     for line, row in rows if heading else itertools.chain([first_row], rows):
         if len(row) != len(first):
             raise DataError(
-                _("{file}:{line}: hay {found} columnas; las filas anteriores tienen {expected}.").format(
-                    file=shown_path(path), line=line, found=len(row), expected=len(first)
-                ),
+                _n(
+                    "{file}:{line}: hay {found} columna; las filas anteriores tienen {expected}.",
+                    "{file}:{line}: hay {found} columnas; las filas anteriores tienen {expected}.",
+                    len(row),
+                ).format(file=shown_path(path), line=line, found=len(row), expected=len(first)),
                 mend=_("Completa o quita esa fila."),
             )
         if label_index is not None:

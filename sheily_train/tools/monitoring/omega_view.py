@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from sheily_train.colab.breaks import differences, whereto
 from sheily_train.colab.tally import Tally
 from sheily_train.colab.verdicts import reason_text
-from sheily_train.i18n import _
+from sheily_train.i18n import _, _n
 from sheily_train.runlog import Record
 from sheily_train.tools.monitoring.terminal import SilentView
 
@@ -159,12 +159,22 @@ def _diagnosis(record: Record) -> list[str]:
 
 def _session(record: Record) -> list[str]:
     if record["resumed"]:
-        return [_("Sigue la sesión {session}: {done} de {batches} lotes ya estaban en el diario").format(**record)]
-    return [
-        _("Sesión {session}: {samples} vectores ({source}) en {batches} lotes de {lote}, pasadas: {epochs}").format(
-            **record
+        done = _n(
+            "Sigue la sesión {session}: {done} de {batches} lotes ya estaba en el diario",
+            "Sigue la sesión {session}: {done} de {batches} lotes ya estaban en el diario",
+            record["done"],
         )
-    ]
+        return [done.format(**record)]
+    line = _("Sesión {session}: {vectors} ({source}) en {parts} de {lote}, pasadas: {epochs}")
+    return [line.format(vectors=_vectors(record["samples"]), parts=_batches(record["batches"]), **record)]
+
+
+def _vectors(count: int) -> str:
+    return _n("{count} vector", "{count} vectores", count).format(count=count)
+
+
+def _batches(count: int) -> str:
+    return _n("{count} lote", "{count} lotes", count).format(count=count)
 
 
 def _retry(record: Record) -> list[str]:
@@ -210,7 +220,8 @@ def _done(record: Record) -> list[str]:
         lines.append(_("   Loss: {loss:.6f}").format(loss=record["loss"]) + before)
     if record["anomaly_prob"] is not None:
         lines.append(_("   Anomalía: {percent:.2f}%").format(percent=100 * record["anomaly_prob"]))
-    lines.append(_("   Vectores: {vectors} en {batches} lotes").format(**record))
+    batches = _batches(record["batches"])
+    lines.append(_("   Vectores: {vectors} en {batches}").format(vectors=record["vectors"], batches=batches))
     rate = record["vectors_per_second"]
     speed = _(" ({rate:.0f} vectores/s)").format(rate=rate) if rate else ""
     lines.append(_("   Tiempo: {seconds:.1f} s").format(seconds=record["seconds"]) + speed)

@@ -114,7 +114,7 @@ def test_rows_go_to_the_evaluation_when_asked(tmp_path: Path) -> None:
     [
         ("question,answer\n¿Qué?,Esto.\n¿Y?,\n", 3, "«output» vacío"),
         ("question,answer\n¿Qué?,Esto, y esto.\n", 2, "3 valores"),
-        ("question,answer\n¿Qué?,Esto.\n¿Y?\n", 3, "1 valores"),
+        ("question,answer\n¿Qué?,Esto.\n¿Y?\n", 3, "1 valor ("),
         ('question,answer\n"¿\nQué?",Esto.\n¿Y?,\n', 4, "«output» vacío"),
         ('question,answer\n¿Qué?,Esto.\n"¿Y?,nunca se cierra\n', 3, "end of data"),
         ('"question\n",answer\n¿Y?,\n', 3, "«output» vacío"),

@@ -318,7 +318,7 @@ def test_an_archive_without_the_names(tmp_path: Path) -> None:
 
 def test_labels_of_another_length(tmp_path: Path) -> None:
     """Two labels for three vectors are refused."""
-    refused(npz(tmp_path, VECTORS, LABELS[:2]), "2 etiquetas para 3")
+    refused(npz(tmp_path, VECTORS, LABELS[:2]), "etiquetas: 2; filas: 3")
 
 
 def test_a_parquet_with_texts(tmp_path: Path) -> None:

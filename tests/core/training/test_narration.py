@@ -45,6 +45,13 @@ def test_the_first_lines_tell_what_will_be_done() -> None:
     ]
 
 
+def test_one_of_a_thing_is_told_in_the_singular() -> None:
+    """One example, one that is held out, one step."""
+    lines = describe(START | {"examples": 1, "heldout_examples": 1, "steps": 1})
+    assert lines[0] == "Rama physics: 1 ejemplo (prompt/completion), 1 reservado; base smollm2-135m"
+    assert lines[2].startswith("Trabajo: 1 paso; ")
+
+
 def test_an_adapter_that_it_begins_with_is_told() -> None:
     """After the branch."""
     assert describe(START | {"init_adapter": "common"})[1] == "Parte del adaptador common"
