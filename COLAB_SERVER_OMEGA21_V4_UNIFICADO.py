@@ -1786,12 +1786,32 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path``; what was written there, and synced, takes its place when the context ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raise as :class:`OSError`, with its number and ``path``, what the system says of a write there.
+
+    What is raised for an open file lacks the name; what safetensors and tokenizers raise is no :class:`OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def move(source: Path, target: Path) -> None:
@@ -1813,21 +1833,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors and push them to the disk.
-
-    Raises :class:`OSError` (the library's own error hides the number) when the disk is full.
-    """
-    from safetensors import SafetensorError
+    """Write tensors as safetensors and push them to the disk. Raises :class:`OSError` when the disk is full."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
+    with naming(path):
         save_file(contiguous, path, metadata=metadata)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     sync_file(path)
 
 

@@ -48,20 +48,23 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in fields.items()
         }
-        self._file.write((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        with durable.naming(self.path):
+            self._file.write((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            self._file.flush()
         for listener in self._listeners:
             listener(record)
 
     def sync(self) -> int:
         """Push everything written to the disk; returns the log's length in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with durable.naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with durable.naming(self.path):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

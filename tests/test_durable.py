@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 
@@ -58,21 +59,30 @@ def test_write_bytes_syncs_file_then_renames_then_syncs_folder(tmp_path: Path, m
     assert done == ["file", "rename", "folder"]
 
 
+def save_tokenizer(path: Path) -> None:
+    """As a library in Rust does it, whose errors are of its own kind."""
+    words = {f"palabra{number}": number for number in range(500)}
+    with durable.naming(path):
+        tokenizers.Tokenizer(tokenizers.models.WordLevel(words)).save(str(path.with_name("new")))
+
+
 @pytest.mark.parametrize(
     "write",
     [
         lambda path: durable.write_bytes(path, b"x" * 5000),
         lambda path: durable.save_tensors(path.with_name("new"), {"x": torch.zeros(5000)}),
+        save_tokenizer,
     ],
-    ids=["bytes", "tensors"],
+    ids=["bytes", "tensors", "tokenizer"],
 )
 def test_a_full_disk_raises_its_number_and_keeps_the_old_content(write: Callable[[Path], None], tmp_path: Path) -> None:
-    """What was there stays, no temporary name is left, and the error is recognised as a full disk."""
+    """What was there stays, no temporary name is left, and the error is recognised as a full disk, with its place."""
     path = tmp_path / "file"
     durable.write_bytes(path, b"old")
     with full_disk_after(1000), pytest.raises(OSError, match="large") as caught:
         write(path)
     assert durable.is_full_disk(caught.value)
+    assert Path(caught.value.filename).parent == tmp_path
     assert path.read_bytes() == b"old"
     assert {entry.name for entry in tmp_path.iterdir()} <= {"file", "new"}
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from sheily_train import __version__
+from sheily_train import __version__, durable
 from sheily_train.cli.ask import ask
 from sheily_train.cli.branches import branches
 from sheily_train.cli.connect import connect
@@ -23,7 +23,7 @@ from sheily_train.cli.models import models
 from sheily_train.cli.spanish import name_placeholders, teach_click_spanish
 from sheily_train.cli.train import train
 from sheily_train.cli.worker import worker
-from sheily_train.errors import INTERNAL_ERROR, SheilyError, internal_error_text
+from sheily_train.errors import INTERNAL_ERROR, ResourceError, SheilyError, internal_error_text
 from sheily_train.i18n import _
 
 teach_click_spanish()
@@ -70,9 +70,18 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, prog: st
     except Exception as error:
         if debug:
             raise
-        click.echo(_("Error: {error}").format(error=internal_error_text(error)), err=True)
-        code = INTERNAL_ERROR
+        if isinstance(error, OSError) and durable.is_full_disk(error):
+            text, code = _full_disk_text(error), ResourceError.exit_code
+        else:
+            text, code = internal_error_text(error), INTERNAL_ERROR
+        click.echo(_("Error: {error}").format(error=text), err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _full_disk_text(error: OSError) -> str:
+    return _("El disco está lleno ({error}). Libera espacio y repite la orden; lo que había sigue intacto.").format(
+        error=error
+    )
 
 
 def main(command: click.Command = sheily, prog: str = "sheily") -> NoReturn:

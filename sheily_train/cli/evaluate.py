@@ -10,7 +10,7 @@ import click
 
 from sheily_train import paths
 from sheily_train.cli.options import branches_dir_option, debug_option, device_option, json_option, models_dir_option
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 if TYPE_CHECKING:
     from sheily_train.core.training.matrix import Matrix
@@ -106,9 +106,11 @@ def _print_matrix(matrix: Matrix) -> None:
         own, change = f"{matrix.loss[name][name]:.4f}", f"{100 * matrix.change(name, name):+.1f} %"
         _print_row((name, f"{matrix.base[name]:.4f}", own, change, matrix.rank(name), other or _("el propio")))
     click.echo(
-        _("El especialista propio es el mejor en {best} de {count} ramas.").format(
-            best=matrix.own_best, count=len(matrix.names)
-        )
+        ngettext(
+            "El especialista propio es el mejor en {best} de {count} rama.",
+            "El especialista propio es el mejor en {best} de {count} ramas.",
+            len(matrix.names),
+        ).format(best=matrix.own_best, count=len(matrix.names))
     )
 
 

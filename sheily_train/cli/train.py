@@ -14,7 +14,7 @@ import click
 
 from sheily_train import paths
 from sheily_train.core.training.request import TrainRequest, flag, resolve, settings
-from sheily_train.errors import RequestError
+from sheily_train.errors import INTERNAL_ERROR, RequestError, SheilyError
 from sheily_train.i18n import _
 
 if TYPE_CHECKING:
@@ -121,19 +121,29 @@ def _have_base(model: str, *, quiet: bool) -> None:
 
 
 def _dry_run(requests: list[TrainRequest], as_json: bool) -> int:
+    from sheily_train.core.training.fleet import told
     from sheily_train.core.training.narration import describe
     from sheily_train.core.training.preparation import check_resources, prepare
 
-    facts = []
+    facts: list[dict[str, Any]] = []
+    errors: list[SheilyError] = []
     for request in requests:
-        job = prepare(request)
-        check_resources(job)
+        try:
+            job = prepare(request)
+            check_resources(job)
+        except Exception as error:
+            if len(requests) == 1:
+                raise
+            errors.append(told(error))
+            facts.append({"branch": request.branch, "error": str(errors[-1])})
+            _tell_error(request.branch, errors[-1])
+            continue
         facts.append(job.facts())
         if not as_json:
             click.echo("\n".join(describe({"event": "start", **job.facts()})))
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=2))
-    return 0
+    return _exit_code(errors)
 
 
 def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: bool, report_to: str | None) -> int:
@@ -150,14 +160,25 @@ def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: b
         for outcome in train_branches(requests, log=log, listeners=listeners, fresh=fresh):
             outcomes.append(outcome)
             if outcome.error is not None and several:
-                click.echo(_("{branch}: {error}").format(branch=outcome.branch, error=outcome.error), err=True)
+                _tell_error(outcome.branch, outcome.error)
     if len(outcomes) == 1 and outcomes[0].error is not None:
         raise outcomes[0].error
     if as_json:
         click.echo(json.dumps([_as_json(outcome) for outcome in outcomes], ensure_ascii=False, indent=2))
     elif not quiet:
         _print_summary(outcomes, log)
-    return 1 if any(outcome.error for outcome in outcomes) else 0
+    return _exit_code([outcome.error for outcome in outcomes if outcome.error])
+
+
+def _tell_error(branch: str, error: SheilyError) -> None:
+    click.echo(_("{branch}: {error}").format(branch=branch, error=error), err=True)
+
+
+def _exit_code(errors: list[SheilyError]) -> int:
+    """That of several branches: 70 where one met a defect of the program, else 1 where one failed."""
+    if any(error.exit_code == INTERNAL_ERROR for error in errors):
+        return INTERNAL_ERROR
+    return 1 if errors else 0
 
 
 def _tracker(name: str) -> Callable[[dict[str, Any]], None]:

@@ -14,6 +14,7 @@ import pytest
 
 from sheily_train import cli, paths
 from sheily_train.cli.train import train
+from tests.full_disk import full_disk_after
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -69,6 +70,19 @@ def test_a_dry_run_tells_and_writes_nothing(run: Run, home: Path) -> None:
     [first, _second] = json.loads(run("train", "--all", "--dry-run", "--json")[1])
     assert first["memory_bytes"] > 0
     assert first["steps"] == 9
+
+
+def test_a_dry_run_tells_every_branch_and_every_problem(run: Run, home: Path) -> None:
+    """A branch that cannot be trained keeps none after it from being told, and ends as training it would."""
+    (home / "all-Branches" / "music" / "training" / "data" / "train.jsonl").write_text("{roto\n")
+    code, out, error = run("train", "--all", "--dry-run")
+    assert (code, out.count("Trabajo: ")) == (1, 1)
+    assert error.startswith("music: ")
+    assert "train.jsonl:1" in error
+    music, physics = json.loads(run("train", "--all", "--dry-run", "--json")[1])
+    assert "train.jsonl:1" in music["error"]
+    assert (music["branch"], physics["steps"]) == ("music", 9)
+    assert run("train", "--branch", "music", "--dry-run")[0] == 3
 
 
 def test_the_ecosystems_flag_names_are_taken(run: Run) -> None:
@@ -183,6 +197,23 @@ def test_ask_evaluate_and_export_work_on_what_was_trained(run: Run, tmp_path: Pa
     assert run("export", "physics", "--merge", "--output", str(tmp_path / "entero"))[0] == 2
 
 
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(run: Run, home: Path, tmp_path: Path) -> None:
+    """`export` and `evaluate --matrix` say where there is no room and leave with 5; with room they do all of it."""
+    assert run("train", "--branch", "physics", "--lora", "--max-steps", "1", "--quiet")[0] == 0
+    whole = tmp_path / "entero"
+    export, matrix = ("export", "physics", "--merge", "--output", str(whole)), ("evaluate", "--matrix")
+    for size, words in ((300, export), (50_000, export), (100, matrix), (1000, matrix)):
+        with full_disk_after(size):
+            code, _out, error = run(*words)
+        assert code == 5, error
+        assert error.splitlines()[-1].startswith("Error: El disco está lleno (")
+        assert ("entero" if words is export else "matrix.") in error
+        assert list(tmp_path.iterdir()) == [home]
+        assert not list(paths.logs_dir().glob(".*"))
+    for words in (export, matrix):
+        assert run(*words)[0] == 0
+
+
 def test_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """An answer about lists, side by side, and an install line in the fleet's table lose no word to rich's markup."""
     from sheily_train.cli.ask import _show_both
@@ -240,7 +271,7 @@ def test_a_misspelt_branch_leaves_nothing_behind(run: Run, home: Path) -> None:
 
 
 def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody foresaw is told in one line; several branches go on after it."""
+    """What nobody foresaw is told in one line and leaves with 70: of one branch, of several, of another command."""
     from sheily_train.core.training import shared_base
 
     def broken(*_words: object, **_more: object) -> None:
@@ -248,8 +279,9 @@ def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(shared_base, "create_lora_model", broken)
     code, _out, error = run("train", "--all", "--lora")
-    assert code == 1
+    assert code == 70
     assert error.count("Fallo inesperado: ZeroDivisionError: prueba larga") == 2
+    assert run("train", "--branch", "physics", "--lora")[0] == 70
     monkeypatch.setattr("sheily_train.core.branches.catalog.find_branches", broken)
     code, _out, error = run("branches", "list")
     assert code == 70

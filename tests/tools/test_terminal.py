@@ -15,6 +15,7 @@ START: dict[str, Any] = {
     "branch": "physics",
     "model": "smollm2-135m",
     "init_adapter": "",
+    "early_stopping": 0,
     "placement": {"reason": "CPU con [2] hilos"},
     "format": "prompt/completion",
     "examples": 64,

@@ -32,7 +32,7 @@ from sheily_train.core.branches.examples import (
     refuse_errors,
 )
 from sheily_train.errors import DataError, MissingExtraError, RequestError, ResourceError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 from sheily_train.paths import EVALUATION_DATA, ROWS_SUFFIX, TRAINING_DATA
 
 FIELDS = tuple(field for row_format in RowFormat for field in row_format.split("/"))
@@ -108,7 +108,10 @@ def _check_mapping(mapping: Mapping[str, str]) -> None:
 
 
 def _check_targets(request: ImportRequest) -> None:
-    """Refuse two sources that would be written to the same file, and to write over files without ``force``."""
+    """Refuse two sources that would be written to the same file, and to write over files without ``force``.
+
+    Nor are training rows replaced without the held-out ones of the same name, which would judge others.
+    """
     targets = [target for source in request.sources for target in _targets(request, source)]
     for target in targets:
         if targets.count(target) > 1:
@@ -119,6 +122,14 @@ def _check_targets(request: ImportRequest) -> None:
         if target.exists() and not request.force:
             raise RequestError(
                 _("Ya existe {file}.").format(file=shown_path(target)), mend=_("Usa --force para reemplazarlo.")
+            )
+        judging = target.parents[2] / EVALUATION_DATA / target.name
+        if target.exists() and judging.exists() and judging not in targets:
+            raise RequestError(
+                _("{file} juzga a las filas que se reemplazan, y juzgaría a las nuevas.").format(
+                    file=shown_path(judging)
+                ),
+                mend=_("Repite con --held-out para reemplazarlo también, o bórralo antes."),
             )
 
 
@@ -216,7 +227,7 @@ def _csv_rows(path: Path) -> NumberedRows:
             if len(values) == len(columns):
                 yield line, dict(zip(columns, values, strict=True))
             elif values:
-                found = _("{count} valores").format(count=len(values))
+                found = ngettext("{count} valor", "{count} valores", len(values)).format(count=len(values))
                 expected = _("{count}, como columnas").format(count=len(columns))
                 mend = _("Pon entre comillas los textos que llevan «{separator}».").format(separator=separator)
                 yield line, Problem(Code.FIELDS, path, line, found, expected, mend)

@@ -20,7 +20,7 @@ from sheily_train.core.training import embedded, hub
 from sheily_train.core.training.embedded import NAME as EMBEDDED
 from sheily_train.core.training.embedded import list_bases
 from sheily_train.errors import BaseModelError, RequestError, ResourceError, SheilyError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,8 @@ def load_model(
         model: PreTrainedModel
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
-            raise _damaged(name, _("le faltan {count} pesos, como {key}").format(count=len(missing), key=missing[0]))
+            lacks = ngettext("le falta {count} peso: {key}", "le faltan {count} pesos, como {key}", len(missing))
+            raise _damaged(name, lacks.format(count=len(missing), key=missing[0]))
         model.name_or_path = model.config._name_or_path = locate(name)  # peft writes it down: a hub id, not its cache
         return model
 
@@ -219,6 +220,11 @@ def _read_folder(name: str, folder: Path, reader: Callable[[str], T]) -> T:
             raise
         except Exception as error:
             raise _load_error(name, error) from error
+
+
+def most_tokens(config: PretrainedConfig) -> int | None:
+    """The longest text that a model takes, in tokens; ``None`` where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def _load_error(name: str, error: Exception) -> SheilyError:

@@ -169,6 +169,12 @@ def tokenize(
     return rows
 
 
+def prompt_tokens(prompt: str, template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt's tokens, as :func:`tokenize` puts them before an answer; nothing ends the text there."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    return _opening_tokens(tokenizer, template) + ids
+
+
 def _opening_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """The begin-of-text token, for tokenizers that put one; a chat template writes its own."""
     begin = tokenizer.bos_token_id

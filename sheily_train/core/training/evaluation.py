@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from sheily_train.core.branches import catalog
 from sheily_train.core.branches.examples import RowFormat, Turn, read_examples
 from sheily_train.core.training import bases, specialist
 from sheily_train.core.training.adapters import LONE_ADAPTER, quiet_peft
-from sheily_train.core.training.data import TokenRow, pad_id, render_prompt, tokenize
+from sheily_train.core.training.data import TokenRow, pad_id, prompt_tokens, render_prompt, tokenize
 from sheily_train.core.training.engine import mean_loss
 from sheily_train.core.training.training_router import Placement, place_for_inference
 from sheily_train.errors import BaseModelError, DataError, TrainingError
@@ -124,8 +125,17 @@ def compare_with_base(branch: str, branches_dir: Path, folder: Path, device: str
     }
 
 
-def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
-    """A branch's held-out rows, put as the specialist's own were. Raises DataError when the branch has none."""
+def held_out_rows(branch: catalog.Branch, loaded: Specialist, max_length: int | None = None) -> list[TokenRow]:
+    """A branch's held-out rows, put as the specialist's own were.
+
+    Args:
+        branch: whose rows.
+        loaded: the specialist that they are for.
+        max_length: tokens a row, where it is not that of the specialist's own training; the model's limit counts too.
+
+    Raises:
+        DataError: the branch has none, or one whose answer is too long.
+    """
     examples = read_examples(branch.evaluation_files)
     if not examples:
         raise DataError(
@@ -133,7 +143,7 @@ def held_out_rows(branch: catalog.Branch, loaded: Specialist) -> list[TokenRow]:
             mend=_("Ponlos en {folder}.").format(folder=branch.folder / paths.EVALUATION_DATA),
         )
     request = loaded.config["request"]
-    length = request["max_length"]
+    length = min(max_length or request["max_length"], bases.most_tokens(loaded.model.config) or sys.maxsize)
     return tokenize(examples, loaded.tokenizer, template=request["template"], max_length=length, most=length)
 
 
@@ -186,8 +196,7 @@ def answer(
                 on_text(text)
 
     prompt = render_prompt([Turn("user", question)], row_format, template, tokenizer)
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=template != "chat")
-    inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    ids_BT = torch.tensor([prompt_tokens(prompt, template, tokenizer)], dtype=torch.long, device=model.device)
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -196,8 +205,9 @@ def answer(
     )
     with torch.no_grad():
         output = model.generate(
-            **inputs,
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
             generation_config=generation,
             streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(output[0, ids_BT.shape[1] :], skip_special_tokens=True)).strip()

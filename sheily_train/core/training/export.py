@@ -35,8 +35,9 @@ def merge_specialist(folder: Path, branch: str, output: Path, *, force: bool = F
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        results.write_whole_model(temporary, model)
-        loaded.tokenizer.save_pretrained(temporary)
+        with durable.naming(output):
+            results.write_whole_model(temporary, model)
+            loaded.tokenizer.save_pretrained(temporary)
         for path in temporary.iterdir():
             durable.sync_file(path)
         if output.exists():

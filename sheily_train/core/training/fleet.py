@@ -16,7 +16,7 @@ from sheily_train.core.training.identity import identify
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.run import Run, StopSignal
 from sheily_train.core.training.specialist import TrainingResult
-from sheily_train.errors import SheilyError, internal_error_text
+from sheily_train.errors import INTERNAL_ERROR, SheilyError, internal_error_text
 from sheily_train.runlog import Listener, RunLog
 
 State = Literal["trained", "current", "failed"]
@@ -122,16 +122,17 @@ def _train_rest(requests: Sequence[TrainRequest], listeners: tuple[Listener, ...
         for request, ended in train_together(group, listeners=listeners, fresh=fresh, shared=shared, stop=stop):
             seconds = (time.monotonic() - begun) / len(group)
             if isinstance(ended, Exception):
-                yield Outcome(request.branch, None, _told(ended), seconds)
+                yield Outcome(request.branch, None, told(ended), seconds)
             else:
                 yield Outcome(request.branch, ended, None, seconds)
 
 
-def _told(error: Exception) -> SheilyError:
-    """The error itself when it is meant for people, else one that says what happened."""
+def told(error: Exception) -> SheilyError:
+    """The error itself when it is meant for people, else one that says what happened and leaves with 70."""
     if isinstance(error, SheilyError):
         return error
     unexpected = SheilyError(internal_error_text(error))
+    unexpected.exit_code = INTERNAL_ERROR
     unexpected.__cause__ = error
     return unexpected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -43,7 +44,17 @@ def find(request: TrainRequest) -> Path:
 
 def weights_hash(request: TrainRequest) -> str:
     """The sha256 of the adapter's weights, in hexadecimal; empty when training begins with a blank one."""
-    return durable.sha256_file(find(request) / paths.ADAPTER_WEIGHTS) if request.init_adapter else ""
+    if not request.init_adapter:
+        return ""
+    file = find(request) / paths.ADAPTER_WEIGHTS
+    stat = file.stat()
+    return _hash(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _hash(file: Path, _size: int, _time: int) -> str:
+    """The sha256 of a file; size and time only say when to compute it anew."""
+    return durable.sha256_file(file)
 
 
 def check(request: TrainRequest, base: str, model: Any) -> None:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sheily_train import durable, paths, runlog
 from sheily_train.core.branches import catalog
@@ -97,13 +97,12 @@ def measure(
 
     Raises:
         RequestError: a branch has no specialist.
-        DataError: a branch has no held-out rows.
+        DataError: a branch has no held-out rows, or one that is too long for its own specialist.
     """
     branches = [catalog.find_branch(branches_dir, name) for name in dict.fromkeys(names)]
     known, kept = _known(log)
-    for branch in branches:
-        specialist.require_config(models_dir / branch.name, branch.name)
-    rows = {branch.name: _rows_hash(branch) for branch in branches}
+    configs = {branch.name: specialist.require_config(models_dir / branch.name, branch.name) for branch in branches}
+    rows = {branch.name: _rows(branch, configs[branch.name]["request"]["max_length"]) for branch in branches}
     total = len(branches) * (len(branches) + 1)
     base: dict[str, float] = {}
     loss: dict[str, dict[str, float]] = {}
@@ -118,6 +117,16 @@ def measure(
     return Matrix(tuple(loss), base, loss)
 
 
+class _Rows(NamedTuple):
+    """A branch's held-out rows: what they are known by, and the tokens of each at most, the same for all specialists.
+
+    A specialist that was trained on shorter rows would refuse those that another one is judged on, or lose their start.
+    """
+
+    hash: str
+    max_length: int
+
+
 class _Cells:
     """One specialist's cells; the model is loaded when the first unknown one is asked for."""
 
@@ -126,7 +135,7 @@ class _Cells:
         folder: Path,
         name: str,
         device: str,
-        rows: dict[str, str],
+        rows: dict[str, _Rows],
         known: dict[tuple[str, str, bool], float],
         log: runlog.RunLog,
     ) -> None:
@@ -136,7 +145,7 @@ class _Cells:
         self._loaded: Specialist | None = None
 
     def loss(self, branch: catalog.Branch, *, of_base: bool = False) -> float:
-        key = (self._model, self._rows[branch.name], of_base)
+        key = (self._model, self._rows[branch.name].hash, of_base)
         if key not in self._known:
             self._known[key] = self._measure(branch, of_base)
             model, rows, _of_base = key
@@ -154,7 +163,7 @@ class _Cells:
 
     def _measure(self, branch: catalog.Branch, of_base: bool) -> float:
         self._loaded = self._loaded or open_specialist(self._folder, self._name, self._device)
-        rows = held_out_rows(branch, self._loaded)
+        rows = held_out_rows(branch, self._loaded, self._rows[branch.name].max_length)
         if not of_base:
             return held_out_loss(self._loaded, rows).loss
         with self._loaded.base() as base:
@@ -168,6 +177,6 @@ def _known(log: Path) -> tuple[dict[tuple[str, str, bool], float], int]:
     return cells, runlog.whole_lines(log)
 
 
-def _rows_hash(branch: catalog.Branch) -> str:
-    hashes = "".join(durable.sha256_file(file) for file in branch.evaluation_files)
-    return hashlib.sha256(hashes.encode()).hexdigest()
+def _rows(branch: catalog.Branch, max_length: int) -> _Rows:
+    hashes = " ".join(durable.sha256_file(file) for file in branch.evaluation_files)
+    return _Rows(hashlib.sha256(f"{hashes} {max_length}".encode()).hexdigest(), max_length)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from sheily_train import durable
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 from sheily_train.runlog import Record
 
 
@@ -21,19 +21,22 @@ def describe(record: Record) -> list[str]:
 
 def _start(record: Record) -> list[str]:
     lines = [
-        _("Rama {branch}: {examples} ejemplos ({format}), {heldout_examples} reservados; base {model}"),
+        _("Rama {branch}: {rows} ({format}), {heldout}; base {model}"),
         _("Dónde: {reason}"),
-        _(
-            "Trabajo: {steps} pasos; por pasada {tokens} tokens, {answer_tokens} de respuesta; "
-            "fila más larga: {longest_row}"
-        ),
+        _("Trabajo: {work}; por pasada {tokens} tokens, {answer_tokens} de respuesta; fila más larga: {longest_row}"),
         _("Parámetros: {trainable} entrenables de {all}"),
         _("Memoria: unos {memory:.1f} GB de {memory_free:.1f} GB libres"),
         _("Disco: unos {disk:.0f} MB de {disk_free:.0f} MB libres"),
     ]
     if record["init_adapter"]:
         lines.insert(1, _("Parte del adaptador {init_adapter}"))
+    if record["early_stopping"] and not record["heldout_examples"]:
+        lines.append(_("Aviso: sin ejemplos reservados, --early-stopping no para nada: se dan todas las pasadas"))
+    examples, heldout, steps = record["examples"], record["heldout_examples"], record["steps"]
     values = record | {
+        "rows": ngettext("{count} ejemplo", "{count} ejemplos", examples).format(count=examples),
+        "heldout": ngettext("{count} reservado", "{count} reservados", heldout).format(count=heldout),
+        "work": ngettext("{count} paso", "{count} pasos", steps).format(count=steps),
         "reason": record["placement"]["reason"],
         "trainable": f"{record['trainable_parameters']:,}".replace(",", " "),
         "all": f"{record['parameters']:,}".replace(",", " "),

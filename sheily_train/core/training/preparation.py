@@ -80,6 +80,7 @@ class Job:
             "branch": self.branch.name,
             "model": self.request.model,
             "init_adapter": self.request.init_adapter,
+            "early_stopping": self.request.early_stopping,
             "placement": self.placement.to_json(),
             "format": self.row_format.value,
             "examples": self.work.examples,
@@ -127,7 +128,7 @@ def prepare(request: TrainRequest, identity: Identity | None = None, shared: Sha
         )
     config = bases.load_config(request.model)
     tokenizer = bases.load_tokenizer(request.model)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or None
+    most = bases.most_tokens(config)
     request = replace(request, max_length=min(request.max_length, most or request.max_length))
     rows, judged = (
         data.tokenize(part, tokenizer, template=request.template, max_length=request.max_length, most=most)

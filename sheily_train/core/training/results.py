@@ -11,7 +11,7 @@ from sheily_train import durable, paths
 from sheily_train.core.training import bases
 from sheily_train.core.training.evaluation import HeldOut
 from sheily_train.core.training.preparation import Job
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,9 @@ def write(
     """
     shutil.rmtree(staging, ignore_errors=True)
     durable.make_folder(staging)
-    _write_model(staging, model, adapter)
-    job.tokenizer.save_pretrained(staging)
+    with durable.naming(staging):
+        _write_model(staging, model, adapter)
+        job.tokenizer.save_pretrained(staging)
     durable.write_json(staging / paths.TRAINING_METRICS, metrics.to_json())
     durable.write_bytes(staging / paths.MODEL_CARD, _card(job, metrics).encode())
     files = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -134,9 +135,16 @@ def _card(job: Job, metrics: Metrics) -> str:
         *([(_("Parte de"), f"`{job.request.init_adapter}`")] if job.request.init_adapter else []),
         (
             _("Ejemplos"),
-            _("{n} de entrenamiento, {m} reservados").format(n=metrics.examples, m=metrics.heldout_examples),
+            ngettext(
+                "{n} de entrenamiento, {m} reservado", "{n} de entrenamiento, {m} reservados", metrics.heldout_examples
+            ).format(n=metrics.examples, m=metrics.heldout_examples),
         ),
-        (_("Pasos"), _("{steps} ({epochs:g} pasadas)").format(steps=metrics.steps, epochs=metrics.epochs)),
+        (
+            _("Pasos"),
+            ngettext(
+                "{steps} ({epochs:g} pasada)", "{steps} ({epochs:g} pasadas)", 1 if metrics.epochs == 1 else 2
+            ).format(steps=metrics.steps, epochs=metrics.epochs),
+        ),
         (_("Pérdida reservada antes"), _loss_text(metrics.heldout_before)),
         (_("Pérdida reservada después"), _loss_text(metrics.heldout_after)),
     ]

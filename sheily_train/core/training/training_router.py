@@ -16,7 +16,7 @@ from sheily_train.core.training.budget import Shape, Workload, memory_needed
 from sheily_train.core.training.hardware import Machine, inspect_machine
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import RequestError, ResourceError
-from sheily_train.i18n import _
+from sheily_train.i18n import _, ngettext
 
 _EAGER_UP_TO = 384
 """Longest row, in tokens, for which eager attention is the faster one on a CPU (SDPA's backward is slow there)."""
@@ -103,7 +103,9 @@ TARGETS = (
         lambda _machine: True,
         lambda machine: ("bf16", "fp32", "fp16") if machine.cpu_bf16 else ("fp32", "bf16", "fp16"),
         lambda machine: machine.memory_free,
-        lambda machine: _("CPU con {threads} hilos").format(threads=machine.threads),
+        lambda machine: ngettext("CPU con {threads} hilo", "CPU con {threads} hilos", machine.threads).format(
+            threads=machine.threads
+        ),
     ),
 )
 
@@ -129,9 +131,11 @@ def route(request: TrainRequest, machine: Machine, shape: Shape, work: Workload)
     micro_tokens = request.micro_tokens or _fitting_micro_tokens(
         target, machine, method, precision, attention, shape, work
     )
-    reason = _("{label}, {precision}, {method}; hasta {tokens} tokens a la vez").format(
-        label=target.label(machine), precision=precision, method=_METHOD_NAMES[method], tokens=micro_tokens
-    )
+    reason = ngettext(
+        "{label}, {precision}, {method}; {tokens} token a la vez",
+        "{label}, {precision}, {method}; hasta {tokens} tokens a la vez",
+        micro_tokens,
+    ).format(label=target.label(machine), precision=precision, method=_METHOD_NAMES[method], tokens=micro_tokens)
     return Placement(target.name, target.name, precision, method, attention, micro_tokens, reason)
 
 

@@ -114,7 +114,7 @@ def test_rows_go_to_the_evaluation_when_asked(tmp_path: Path) -> None:
     [
         ("question,answer\n¿Qué?,Esto.\n¿Y?,\n", 3, "«output» vacío"),
         ("question,answer\n¿Qué?,Esto, y esto.\n", 2, "3 valores"),
-        ("question,answer\n¿Qué?,Esto.\n¿Y?\n", 3, "1 valores"),
+        ("question,answer\n¿Qué?,Esto.\n¿Y?\n", 3, "1 valor ("),
         ('question,answer\n"¿\nQué?",Esto.\n¿Y?,\n', 4, "«output» vacío"),
         ('question,answer\n¿Qué?,Esto.\n"¿Y?,nunca se cierra\n', 3, "end of data"),
         ('"question\n",answer\n¿Y?,\n', 3, "«output» vacío"),
@@ -210,6 +210,24 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     assert first.file.read_bytes() == before
     bring(tmp_path, tmp_path / "a.csv", force=True)
     assert rows_of(first) == [{"instruction": "¿Qué?", "output": "Otro."}]
+
+
+def test_rows_are_not_replaced_without_those_held_out_of_them(tmp_path: Path) -> None:
+    """An evaluation file of the rows before never judges the new ones: it is replaced too, or nothing is."""
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    training, held_out = bring(tmp_path, put(tmp_path, "a.jsonl", rows), held_out=20)
+    before = training.file.read_bytes()
+    put(tmp_path, "a.jsonl", rows.replace("¿Qué", "¿Cómo"))
+    with pytest.raises(RequestError, match=r"evaluation.*a\.jsonl juzga") as caught:
+        bring(tmp_path, tmp_path / "a.jsonl", force=True)
+    assert "--held-out" in caught.value.mend
+    assert training.file.read_bytes() == before
+    bring(tmp_path, tmp_path / "a.jsonl", force=True, held_out=20)
+    assert "¿Cómo es" in held_out.file.read_text(encoding="utf-8")
+    bring(tmp_path, tmp_path / "a.jsonl", force=True, evaluation=True)
+    held_out.file.unlink()
+    bring(tmp_path, tmp_path / "a.jsonl", force=True)
+    assert "¿Cómo es" in training.file.read_text(encoding="utf-8")
 
 
 def test_two_sources_never_share_a_file(tmp_path: Path) -> None:

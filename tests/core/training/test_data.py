@@ -42,10 +42,15 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture
 def beginning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer that puts a begin-of-text token before every text, as Llama's."""
+    return surround(tokenizer, f"{BEGIN} $A")
+
+
+def surround(tokenizer: PreTrainedTokenizerBase, form: str) -> PreTrainedTokenizerBase:
+    """Have the tokenizer put something before or after every text, which stands as ``$A`` in the form."""
     from tokenizers.processors import TemplateProcessing
 
-    special = [(BEGIN, tokenizer.convert_tokens_to_ids(BEGIN))]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BEGIN} $A", special_tokens=special)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (BEGIN, END)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=special)
     return tokenizer
 
 
@@ -253,16 +258,21 @@ def test_a_row_whose_answers_do_not_fit_is_refused_with_its_place(
 
 @pytest.mark.parametrize("template", ["sheily", "chat"])
 @pytest.mark.parametrize("row_format", [RowFormat.INSTRUCTION, RowFormat.PROMPT, RowFormat.MESSAGES])
+@pytest.mark.parametrize("surrounded", ["$A", f"{BEGIN} $A", f"{BEGIN} $A {END}", f"$A {END}"])
 def test_a_question_is_put_as_the_training_rows_were(
+    surrounded: str,
     row_format: RowFormat,
     template: str,
     tokenizer: PreTrainedTokenizerBase,
     rows: Callable[..., list[TokenRow]],
 ) -> None:
-    """The prompt of a question is the text before the answer of the training row with that question."""
+    """The prompt's tokens are those before the answer of the training row with that question, whatever the tokenizer
+    puts around a text: a prompt that ended it would have no answer."""
+    surround(tokenizer, surrounded)
     (row,) = rows(question(row_format=row_format), template=template)
     prompt = data.render_prompt([Turn("user", "¿Qué es?")], row_format, template, tokenizer)
-    assert tokenizer.decode([t for t, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]) == prompt
+    asked = data.prompt_tokens(prompt, template, tokenizer)
+    assert asked == [t for t, label in zip(row.ids, row.labels, strict=True) if label == IGNORED]
 
 
 def test_text_is_continued_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:

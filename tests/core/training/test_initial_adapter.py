@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sheily_train import durable, paths
 from sheily_train.core.training import fleet, hardware
 from sheily_train.core.training.evaluation import compare_with_base
+from sheily_train.core.training.identity import identify
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.trainer import train_model
 from sheily_train.errors import Interrupted, RequestError
@@ -95,6 +96,21 @@ def test_another_adapter_is_another_run(common: Path, settings: dict[str, Any]) 
     again = train_model(physics(settings))
     assert not again.skipped
     assert any(not torch.equal(first[name], tensor) for name, tensor in weights(again.folder).items())
+
+
+def test_it_is_read_once_for_all_branches(
+    common: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What many branches begin with is hashed for the first, and anew when it has changed."""
+    read: list[Path] = []
+    sha256_file = durable.sha256_file
+    monkeypatch.setattr(durable, "sha256_file", lambda file: read.append(file) or sha256_file(file))
+    requests = [physics(settings, branch=branch) for branch in ("music", "physics")]
+    first = [identify(request).initial for request in requests * 2]
+    assert first == [sha256_file(common / paths.ADAPTER_WEIGHTS)] * 4
+    save_file({name: 2 * tensor for name, tensor in weights(common).items()}, common / paths.ADAPTER_WEIGHTS)
+    assert identify(requests[0]).initial == sha256_file(common / paths.ADAPTER_WEIGHTS) != first[0]
+    assert read.count(common / paths.ADAPTER_WEIGHTS) == 2
 
 
 def test_cut_off_it_goes_on_to_the_same_bits(common: Path, settings: dict[str, Any], tmp_path: Path) -> None:

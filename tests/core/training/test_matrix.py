@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from sheily_train import paths, runlog
+from sheily_train.core.branches import catalog
 from sheily_train.core.training import matrix
-from sheily_train.core.training.evaluation import compare_with_base
+from sheily_train.core.training.evaluation import compare_with_base, held_out_loss, held_out_rows, open_specialist
 from sheily_train.core.training.matrix import Matrix, measure, trained_branches
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.core.training.trainer import train_model
-from sheily_train.errors import RequestError
+from sheily_train.errors import DataError, RequestError
 
 
 def place() -> tuple[Path, Path, Path]:
@@ -59,6 +60,23 @@ def test_a_matrix_that_was_cut_off_goes_on(trained: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(matrix, "open_specialist", None)  # nothing is loaded when everything is known
     measure(("physics", "music"), branches_dir, models_dir, log)
+
+
+def test_all_are_judged_on_the_same_rows_whatever_lengths_they_were_trained_on(home: Path, tiny_llama: Path) -> None:
+    """A specialist of shorter rows gets another branch's as that one's own does, also those too long for its own."""
+    branches_dir, models_dir, log = place()
+    with (branches_dir / "physics" / paths.EVALUATION_DATA / "test.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"instruction": "¿Y?", "output": "La energía es la capacidad de trabajo. " * 12}) + "\n")
+    for branch, max_length in (("physics", 512), ("music", 100)):
+        train_model(TrainRequest(branch, str(tiny_llama), lora=True, epochs=1, max_length=max_length))
+    measured = measure(("music", "physics"), branches_dir, models_dir, log)
+    physics = catalog.find_branch(branches_dir, "physics")
+    own, other = (open_specialist(models_dir / name, name) for name in ("physics", "music"))
+    rows = held_out_rows(physics, own)
+    assert measured.loss["music"]["physics"] == held_out_loss(other, rows).loss
+    with pytest.raises(DataError, match="no cabe en 100 tokens"):
+        held_out_rows(physics, other)
+    assert held_out_rows(physics, own, 10_000) == rows
 
 
 def test_a_branch_without_specialist_ends_the_matrix_before_it_begins(home: Path) -> None:

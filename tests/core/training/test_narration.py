@@ -13,6 +13,7 @@ START: dict[str, Any] = {
     "branch": "physics",
     "model": "smollm2-135m",
     "init_adapter": "",
+    "early_stopping": 0,
     "placement": {"reason": "CPU con 2 hilos, bf16, LoRA"},
     "format": "prompt/completion",
     "examples": 64,
@@ -44,9 +45,23 @@ def test_the_first_lines_tell_what_will_be_done() -> None:
     ]
 
 
+def test_one_of_a_thing_is_told_in_the_singular() -> None:
+    """One example, one that is held out, one step."""
+    lines = describe(START | {"examples": 1, "heldout_examples": 1, "steps": 1})
+    assert lines[0] == "Rama physics: 1 ejemplo (prompt/completion), 1 reservado; base smollm2-135m"
+    assert lines[2].startswith("Trabajo: 1 paso; ")
+
+
 def test_an_adapter_that_it_begins_with_is_told() -> None:
     """After the branch."""
     assert describe(START | {"init_adapter": "common"})[1] == "Parte del adaptador common"
+
+
+def test_early_stopping_that_cannot_stop_is_told() -> None:
+    """Only where there is nothing to judge by."""
+    stops = START | {"early_stopping": 2}
+    assert describe(stops) == describe(START)
+    assert describe(stops | {"heldout_examples": 0})[-1].startswith("Aviso: sin ejemplos reservados, --early-stopping")
 
 
 def test_a_resumed_run_says_where_it_goes_on() -> None:

@@ -23,6 +23,7 @@ from sheily_train.core.training.run import Run
 from sheily_train.core.training.trainer import quick_test, train_model
 from sheily_train.errors import DataError, Interrupted, RequestError, ResourceError, TrainingError
 from sheily_train.runlog import Record
+from tests.full_disk import full_disk_after
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -181,9 +182,10 @@ def test_early_stopping_keeps_the_best_weights(lora: TrainRequest) -> None:
 
 
 def test_a_branch_without_held_out_rows_trains_and_says_so(lora: TrainRequest, home: Path) -> None:
-    """No evaluation data: no held-out numbers are made up."""
+    """No evaluation data: no held-out numbers are made up, and early stopping is told to stop nothing."""
     shutil.rmtree(home / "all-Branches" / "physics" / "evaluation")
-    result = train_model(lora)
+    result = train_model(replace(lora, early_stopping=1))
+    assert "--early-stopping no para nada" in result.log.with_suffix(".log").read_text()
     assert result.metrics["heldout_before"] is None
     assert result.metrics["heldout_after"] is None
     assert "sin datos reservados" in (result.folder / paths.MODEL_CARD).read_text()
@@ -324,6 +326,15 @@ def test_too_little_disk_stops_before_any_work(lora: TrainRequest, monkeypatch: 
     with pytest.raises(ResourceError, match="disco"):
         train_model(lora)
     assert not lora.model_folder.exists()
+
+
+def test_a_disk_that_fills_at_the_end_is_told(lora: TrainRequest) -> None:
+    """When the tokenizer finds no room beside the trained model, the run says so, and ends when there is some."""
+    small = replace(lora, lora_r=1, lora_targets=("q_proj",), max_steps=1)
+    with full_disk_after(8000), pytest.raises(ResourceError, match=r"disco está lleno.*result"):
+        train_model(small)
+    assert not specialist.read_config(small.model_folder)
+    assert train_model(small).metrics["steps"] == 1
 
 
 def test_merging_gives_the_logits_of_base_and_adapter(lora: TrainRequest, tmp_path: Path) -> None:

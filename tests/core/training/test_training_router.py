@@ -47,12 +47,13 @@ def needed(micro_tokens: int, work: Workload = WORK) -> int:
     ("machine", "device", "precision", "attention", "micro_tokens", "label"),
     [
         (CPU, "cpu", "fp32", "eager", 1024, "CPU con 4 hilos"),
+        (replace(CPU, threads=1), "cpu", "fp32", "eager", 1024, "CPU con 1 hilo"),
         (CPU_BF16, "cpu", "bf16", "eager", 4096, "CPU con 4 hilos"),
         (MAC, "mps", "fp32", "sdpa", 2048, "Apple GPU"),
         (T4, "cuda", "fp16", "sdpa", 8192, "Tesla T4"),
         (A100, "cuda", "bf16", "sdpa", 8192, "NVIDIA A100"),
     ],
-    ids=["cpu", "cpu bf16", "mps", "cuda", "cuda bf16"],
+    ids=["cpu", "one thread", "cpu bf16", "mps", "cuda", "cuda bf16"],
 )
 def test_each_machine_is_used_at_its_best(
     machine: Machine, device: str, precision: str, attention: str, micro_tokens: int, label: str
