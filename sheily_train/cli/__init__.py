@@ -19,6 +19,7 @@ from sheily_train.cli.connect import connect
 from sheily_train.cli.doctor import doctor
 from sheily_train.cli.evaluate import evaluate
 from sheily_train.cli.export import export
+from sheily_train.cli.failures import tell_error
 from sheily_train.cli.models import models
 from sheily_train.cli.spanish import name_placeholders, teach_click_spanish
 from sheily_train.cli.train import train
@@ -44,16 +45,16 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, prog: st
     """Run a command and leave with its exit code.
 
     Errors of the program's own family become one line on stderr. ``--debug`` anywhere on the line, or
-    ``SHEILY_DEBUG=1``, shows their traceback instead.
+    ``SHEILY_DEBUG=1``, shows their traceback before it; commands find it as their context's ``obj``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("SHEILY_DEBUG") == "1"
     try:
-        code = command.main([word for word in words if word != "--debug"], prog_name=prog, standalone_mode=False)
+        code = command.main(
+            [word for word in words if word != "--debug"], prog_name=prog, standalone_mode=False, obj=debug
+        )
     except SheilyError as error:
-        if debug:
-            raise
-        click.echo(_("Error: {error}").format(error=error), err=True)
+        tell_error(_("Error: {error}").format(error=error), error, debug=debug)
         code = error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
@@ -62,19 +63,15 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, prog: st
         usage = error.ctx.get_usage() + "\n" if isinstance(error, click.UsageError) and error.ctx else ""
         click.echo(usage + _("Error: {error}").format(error=error.format_message()), err=True)
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        if debug:
-            raise
-        click.echo(_("Interrumpido."), err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        tell_error(_("Interrumpido."), error, debug=debug)
         code = 130
     except Exception as error:
-        if debug:
-            raise
         if isinstance(error, OSError) and durable.is_full_disk(error):
             text, code = _full_disk_text(error), ResourceError.exit_code
         else:
             text, code = internal_error_text(error), INTERNAL_ERROR
-        click.echo(_("Error: {error}").format(error=text), err=True)
+        tell_error(_("Error: {error}").format(error=text), error, debug=debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 

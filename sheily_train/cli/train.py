@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sheily_train import paths
+from sheily_train.cli.failures import tell_error
 from sheily_train.core.training.request import TrainRequest, flag, resolve, settings
 from sheily_train.errors import INTERNAL_ERROR, RequestError, SheilyError
 from sheily_train.i18n import _
@@ -171,7 +172,8 @@ def _train(requests: list[TrainRequest], *, fresh: bool, quiet: bool, as_json: b
 
 
 def _tell_error(branch: str, error: SheilyError) -> None:
-    click.echo(_("{branch}: {error}").format(branch=branch, error=error), err=True)
+    text = _("{branch}: {error}").format(branch=branch, error=error)
+    tell_error(text, error, debug=bool(click.get_current_context().obj))
 
 
 def _exit_code(errors: list[SheilyError]) -> int:

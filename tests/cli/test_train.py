@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from sheily_train import cli, paths
-from sheily_train.cli.train import train
 from tests.full_disk import full_disk_after
 
 Run = Callable[..., tuple[int, str, str]]
@@ -156,12 +155,11 @@ def test_mistakes_get_one_clear_line(run: Run, words: tuple[str, ...], code: int
     assert error.splitlines()[-1].startswith("Error: ")
 
 
-def test_debug_shows_the_traceback(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--debug lets the exception through."""
-    from sheily_train.errors import RequestError
-
-    with pytest.raises(RequestError):
-        cli.run(train, ["--branch", "fisics", "--debug"])
+def test_debug_shows_the_traceback(run: Run) -> None:
+    """Before the error's line, with the same exit code."""
+    code, _out, error = run("train", "--branch", "fisics", "--debug")
+    assert (code, error.startswith("Traceback")) == (2, True)
+    assert error.splitlines()[-1].startswith("Error: ")
 
 
 def test_ask_evaluate_and_export_work_on_what_was_trained(run: Run, tmp_path: Path) -> None:
@@ -271,7 +269,7 @@ def test_a_misspelt_branch_leaves_nothing_behind(run: Run, home: Path) -> None:
 
 
 def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody foresaw is told in one line and leaves with 70: of one branch, of several, of another command."""
+    """One line, with --debug after its traceback, and 70: where one branch, several or another command met it."""
     from sheily_train.core.training import shared_base
 
     def broken(*_words: object, **_more: object) -> None:
@@ -281,6 +279,8 @@ def test_a_defect_is_one_line_and_exit_code_70(run: Run, monkeypatch: pytest.Mon
     code, _out, error = run("train", "--all", "--lora")
     assert code == 70
     assert error.count("Fallo inesperado: ZeroDivisionError: prueba larga") == 2
+    code, _out, error = run("train", "--all", "--lora", "--debug")
+    assert (code, error.count("in broken")) == (70, 2)
     assert run("train", "--branch", "physics", "--lora")[0] == 70
     monkeypatch.setattr("sheily_train.core.branches.catalog.find_branches", broken)
     code, _out, error = run("branches", "list")
