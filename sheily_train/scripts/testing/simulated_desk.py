@@ -23,7 +23,7 @@ ADDRESS = "https://worker.simulated"
 
 _MOST_SITTINGS = 200
 _MOST_QUIET_ERRORS = 100
-_HISTORIES_DIFFER = ("historias distintas", "este diario solo tiene", "las dos historias difieren")
+_HISTORIES_DIFFER = ("historias distintas", "El trabajador ya aplicó", "las dos historias difieren")
 
 
 class Broken(Exception):
