@@ -11,14 +11,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sheily_train import durable, paths
+from sheily_train import paths
 from sheily_train.core.training import embedded, hub
 from sheily_train.core.training.embedded import NAME as EMBEDDED
 from sheily_train.core.training.embedded import list_bases
+from sheily_train.core.training.file_hashes import kept_sha256
 from sheily_train.errors import BaseModelError, RequestError, ResourceError, SheilyError
 from sheily_train.i18n import _, ngettext
 
@@ -158,15 +158,8 @@ def identity(name: str) -> str:
     if not Path(locate(name)).is_absolute():
         return f"{name}@{folder.name}"
     files = sorted({file for pattern in _IDENTITY_FILES for file in folder.glob(pattern) if file.is_file()})
-    stats = [(file, file.stat()) for file in files]
-    return "sha256:" + _fingerprint(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
-
-
-@lru_cache
-def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The sha256 over names and contents of files; sizes and times only say when to compute it anew."""
-    lines = [f"{durable.sha256_file(file)}  {file.name}\n" for file, _size, _time in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    lines = "".join(f"{kept_sha256(file)}  {file.name}\n" for file in files)
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def get(name: str, *, wheel: Path | None = None, notify: embedded.Notify = lambda _text: None) -> Path:

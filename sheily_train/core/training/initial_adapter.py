@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from sheily_train import durable, paths
+from sheily_train import paths
 from sheily_train.core.branches import catalog
 from sheily_train.core.training import specialist
+from sheily_train.core.training.file_hashes import kept_sha256
 from sheily_train.core.training.request import TrainRequest
 from sheily_train.errors import RequestError
 from sheily_train.i18n import _
@@ -46,15 +46,7 @@ def weights_hash(request: TrainRequest) -> str:
     """The sha256 of the adapter's weights, in hexadecimal; empty when training begins with a blank one."""
     if not request.init_adapter:
         return ""
-    file = find(request) / paths.ADAPTER_WEIGHTS
-    stat = file.stat()
-    return _hash(file, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache
-def _hash(file: Path, _size: int, _time: int) -> str:
-    """The sha256 of a file; size and time only say when to compute it anew."""
-    return durable.sha256_file(file)
+    return kept_sha256(find(request) / paths.ADAPTER_WEIGHTS)
 
 
 def check(request: TrainRequest, base: str, model: Any) -> None:
