@@ -212,8 +212,10 @@ class Drill:
         self._client = self.another_client(self.desk, armed=armed)
         return self._client
 
-    def another_client(self, desk: Path, *, armed: tuple[str, int] = ("", 0), credit: int | None = None) -> Actor:
-        """A client beside the run's own."""
+    def another_client(
+        self, desk: Path, *, armed: tuple[str, int] = ("", 0), credit: int | None = None, told: int = 0
+    ) -> Actor:
+        """A client beside the run's own; ``told``: the last event told at its desk, if after those of the run."""
         part = ClientPart(
             self.proxy.url,
             desk,
@@ -221,7 +223,7 @@ class Drill:
             self.scenario.workload,
             self.scenario.client,
             armed,
-            told=max(self.told, default=0),
+            told=max([told, *self.told]),
             credit=self.credit if credit is None else credit,
             jump=self.jump,
         )
@@ -291,6 +293,11 @@ class Drill:
                 self.listen(_LOOK)
         self._spoilt = {}
 
+    def may_repeat(self, name: str) -> bool:
+        """Whether a command that ended with this error may be given again; counts it."""
+        self.report.repeats[name] += 1
+        return name in self.tolerated and self.report.repeats.total() <= _MOST_REPEATS
+
     # Inside
 
     def _enter(self, actor: Actor) -> Actor:
@@ -316,10 +323,8 @@ class Drill:
                 raise Failure(_("el cliente se murió solo: {log}").format(log=_tail(self.folder / "client.log")))
             return
         code, name, text = self._ended
-        if code:
-            self.report.repeats[name] += 1
-            if name not in self.tolerated or self.report.repeats.total() > _MOST_REPEATS:
-                raise Failure(_("el cliente acabó con {code} {name}: {text}").format(code=code, name=name, text=text))
+        if code and not self.may_repeat(name):
+            raise Failure(_("el cliente acabó con {code} {name}: {text}").format(code=code, name=name, text=text))
 
     def _weather(self, _number: int, _method: str, _path: str) -> str:
         fault = self._spoilt.get(self._requests, "pass")
