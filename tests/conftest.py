@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -69,8 +70,16 @@ SLOW_FILES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that no process is left with one in the end."""
+    """Files that take long come first, so that no process is left with one in the end; of a test's cases only the first
+    counts its lines, for counting takes as long as running."""
     items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+    counted = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test in counted:
+            item.add_marker("no_cover")
+        counted.add(test)
+    gc.freeze()  # torch and transformers are loaded: not to be gone through again by every collection of garbage
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ def rows(branch: Branch) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return training, held_out
 
 
+@pytest.mark.no_cover  # ten thousand rows against each other: counting lines takes as long again
 def test_there_are_fifty_and_check_finds_nothing() -> None:
     """`sheily branches check` is clean over all fifty: no duplicates, near duplicates, leaks, stray files."""
     assert len(BRANCHES) == 50

@@ -408,6 +408,7 @@ def brief(words: tuple[str, ...], address: str) -> tuple[str, ...]:
     return (*words, "--muestras", "130") if made_up else words
 
 
+@pytest.mark.no_cover  # whole commands: their lines are counted in the tests of their modules
 @pytest.mark.parametrize(
     "page", ["README.md", "INSTALACION_RAPIDA.md", "GUIA_RAPIDA_COLAB.md", COLAB, TRAINING, BRANCHES, OMEGA]
 )

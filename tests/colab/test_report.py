@@ -220,9 +220,9 @@ def test_a_folder_in_the_way_is_refused(log: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["informe.html", "informe.json", "informe.md"])
 @pytest.mark.parametrize("content", ["# Mis notas\n", '{"format": 1}', "<html><title>Informe</title>"])
-def test_only_a_report_is_replaced(log: Path, tmp_path: Path, name: str, content: str) -> None:
+def test_only_a_report_is_replaced(tmp_path: Path, name: str, content: str) -> None:
     """A file of the person's own beside the one that was asked for, or in its place, is named and left as it is."""
-    own = tmp_path / name
+    log, own = write_log(tmp_path / "metrics.jsonl", step(1, 1.0)), tmp_path / name
     own.write_text(content)
     with pytest.raises(RequestError, match=rf"{name} ya existe y no es un informe"):
         write_report(log, tmp_path / "informe.html")
