@@ -286,11 +286,11 @@ def _second_desk(drill: Drill, stage: Stage) -> str | None:
     first.send(signal.SIGCONT)
     told: list[int] = []
     outcome, text = _outcome(drill, first, told)
-    first.kill()
     while outcome == "UnreachableError" and drill.may_repeat(outcome):  # a busy machine: the command is given again
+        first.kill()
         first = drill.another_client(desk, credit=drill.scenario.workload.events, told=max(told, default=0))
         outcome, text = _outcome(drill, first, told)
-        first.kill()
+    first.kill()
     if outcome == "done":
         drill.lose_client()
         drill.told += [seq for seq in told if seq > max(drill.told)]
